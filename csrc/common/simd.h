@@ -1,0 +1,68 @@
+// Runs a loop nest with the widest vector instructions of the CPU it finds itself on.
+//
+// One binary must run on any x86-64, yet the hot loops want AVX2 or AVX-512. with_simd(body) inlines
+// body into one function per level and calls the best one. Everything hot that body calls must be
+// MAFNET_INLINE too, or it stays at the baseline. MAFNET_SIMD=baseline|avx2|avx512 lowers the level.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#define MAFNET_INLINE inline __attribute__((always_inline))
+#define MAFNET_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace mafnet {
+
+enum class SimdLevel : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+#if defined(__x86_64__)
+
+inline SimdLevel detect_simd_level() {
+  SimdLevel level = SimdLevel::kBaseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = SimdLevel::kAvx2;
+  if (level == SimdLevel::kAvx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    level = SimdLevel::kAvx512;
+  }
+  const char* wish = std::getenv("MAFNET_SIMD");
+  if (wish != nullptr && std::strcmp(wish, "baseline") == 0) return SimdLevel::kBaseline;
+  if (wish != nullptr && std::strcmp(wish, "avx2") == 0 && level == SimdLevel::kAvx512) {
+    return SimdLevel::kAvx2;
+  }
+  return level;
+}
+
+template <typename Body>
+__attribute__((target("avx2,fma,f16c,bmi,bmi2"))) void run_avx2(const Body& body) {
+  body();
+}
+
+template <typename Body>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))) void run_avx512(
+    const Body& body) {
+  body();
+}
+
+template <typename Body>
+void with_simd(const Body& body) {
+  static const SimdLevel level = detect_simd_level();
+  if (level == SimdLevel::kAvx512) {
+    run_avx512(body);
+  } else if (level == SimdLevel::kAvx2) {
+    run_avx2(body);
+  } else {
+    body();
+  }
+}
+
+#else
+
+template <typename Body>
+void with_simd(const Body& body) {
+  body();
+}
+
+#endif
+
+}  // namespace mafnet

@@ -1,0 +1,40 @@
+"""Ops for video restoration: deformable convolution, flow warping and attention.
+
+Each op has a functional form, a module where it owns parameters, and a pure-PyTorch path that runs everywhere;
+compiled kernels are used where they are built. ``mafnet_ops.doctor()`` says which backend each op uses and why.
+"""
+
+from . import reference
+from ._version import __version__
+from .deform_align import DeformAlign, deform_align
+from .doctor import doctor
+from .flow_warp import flow_warp
+from .modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
+from .pyramid_spatial_attention import (
+    PyramidSpatialAttention,
+    pool_concat,
+    pool_concat_conv,
+    pyramid_spatial_attention,
+    resize_add,
+    spatial_gate,
+)
+from .self_attention import SelfAttention, self_attention
+
+__all__ = [
+    "DeformAlign",
+    "ModulatedDeformConv2d",
+    "PyramidSpatialAttention",
+    "SelfAttention",
+    "__version__",
+    "deform_align",
+    "doctor",
+    "flow_warp",
+    "modulated_deform_conv2d",
+    "pool_concat",
+    "pool_concat_conv",
+    "pyramid_spatial_attention",
+    "reference",
+    "resize_add",
+    "self_attention",
+    "spatial_gate",
+]

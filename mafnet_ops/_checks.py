@@ -1,0 +1,73 @@
+"""Argument checks: every message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def require(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
+    """Raise ``ValueError`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def require_tensor(op: str, argument: str, value: object, dims: int) -> None:
+    """Raise unless ``value`` is a floating-point tensor with ``dims`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {argument}: expected dtype float64, float32, float16 or bfloat16, got {value.dtype}"
+        )
+    require(value.dim() == dims, op, argument, f"{dims} dimensions", f"shape {tuple(value.shape)}")
+
+
+def require_shape(op: str, argument: str, value: Tensor, shape: Sequence[int], why: str) -> None:
+    """Raise ``ValueError`` unless ``value`` has exactly ``shape``; ``why`` spells the shape in names."""
+    require(
+        tuple(value.shape) == tuple(shape), op, argument, f"{why} = {tuple(shape)}", tuple(value.shape)
+    )
+
+
+def require_same_device(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
+    """Raise ``ValueError`` unless all tensors are on the device of the one named ``first``."""
+    reference = tensors[first]
+    assert reference is not None
+    for argument, value in tensors.items():
+        if value is not None and value.device != reference.device:
+            raise ValueError(
+                f"{op}: {argument}: expected device {reference.device} as {first}, got {value.device}"
+            )
+
+
+def require_same_dtype(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
+    """Raise ``TypeError`` unless all tensors have the dtype of the one named ``first``."""
+    reference = tensors[first]
+    assert reference is not None
+    for argument, value in tensors.items():
+        if value is not None and value.dtype != reference.dtype:
+            raise TypeError(
+                f"{op}: {argument}: expected dtype {reference.dtype} as {first}, got {value.dtype}"
+            )
+
+
+def pair(op: str, argument: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """An int or a pair of ints, each at least ``minimum``, as a pair."""
+    items = (value, value) if isinstance(value, int) else tuple(value)
+    ok = len(items) == 2 and all(isinstance(v, int) and v >= minimum for v in items)
+    require(ok, op, argument, f"an int or a pair of ints >= {minimum}", value)
+    return items[0], items[1]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on ``device``, or None where autocast is off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

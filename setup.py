@@ -1,0 +1,323 @@
+"""Builds mafnet_ops._C (CPU) and, where nvcc is found, mafnet_ops._C_cuda. Never imports torch.
+
+Both libraries use the LibTorch stable ABI and the Python limited API, so one cp310-abi3 wheel serves
+every torch >= 2.11 and every Python >= 3.10. This file is also the PEP 517 backend (see pyproject.toml).
+
+Environment:
+  MAFNET_CUDA         auto (default: build _C_cuda if nvcc is found) | 1 (require it) | 0
+  MAFNET_CUDA_ARCHS   default "75;80;86;89;90a;100;120+PTX", or "native" for the local GPU alone
+  MAFNET_REQUIRE_EXT  1: fail where no C++ compiler is found, instead of installing without kernels
+  MAX_JOBS, CXX, CUDA_HOME as usual
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, build_meta, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "75;80;86;89;90a;100;120+PTX"
+TORCH_TARGET = "0x020b000000000000"  # torch 2.11, the oldest whose stable ABI has all we use
+PYTHON_TARGET = "0x030a0000"  # CPython 3.10
+NVCC_REQUIREMENT = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"  # NVIDIA's nvcc as a wheel
+
+
+def site_directories() -> list[Path]:
+    """Where packages of the target interpreter lie, then what an isolated build adds to sys.path."""
+    paths = sysconfig.get_paths()
+    found = [paths["purelib"], paths["platlib"], *site.getsitepackages(), *sys.path]
+    return [Path(p) for p in dict.fromkeys(found) if p]
+
+
+def find_torch_include() -> Path | None:
+    """Headers of the torch installed beside the target, found without importing it."""
+    candidates = (d / "torch" / "include" for d in site_directories())
+    return next((c for c in candidates if (c / "torch/csrc/stable/library.h").exists()), None)
+
+
+def find_compiler() -> list[str] | None:
+    """CXX, or the first of g++, c++, clang++ on the PATH, as a command line."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    commands = (shlex.split(name) for name in names)
+    return next((c for c in commands if shutil.which(c[0])), None)
+
+
+def nvcc_home(nvcc: str) -> str:
+    """Toolkit directory of an nvcc that may be a wrapper script: nvcc itself is asked."""
+    dry = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"]
+    lines = subprocess.run(dry, capture_output=True, text=True).stderr.splitlines()
+    tops = [line.split("=", 1)[1].strip() for line in lines if line.startswith("#$ TOP=")]
+    return tops[0] if tops else str(Path(nvcc).resolve().parent.parent)
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit to compile kernels with, or None."""
+    if os.environ.get("MAFNET_CUDA", "auto") == "0":
+        return None
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(nvcc_home(on_path))
+    candidates.append("/usr/local/cuda")
+    for directory in site_directories():  # nvcc installed by pip
+        candidates += [str(p) for p in sorted(directory.glob("nvidia/cu1[0-9]"), reverse=True)]
+    usable = (Path(c) for c in candidates if c and (Path(c) / "bin" / "nvcc").exists())
+    return next((c.resolve() for c in usable), None)
+
+
+def gencode_flags() -> list[str]:
+    """nvcc's -gencode flags for MAFNET_CUDA_ARCHS, e.g. "80;90a;120+PTX"."""
+    archs = os.environ.get("MAFNET_CUDA_ARCHS", DEFAULT_ARCHS).replace(" ", ";")
+    if archs == "native":
+        return ["-arch=native"]
+    flags = []
+    for arch in filter(None, archs.split(";")):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def missing_build_requirements() -> list[str]:
+    """What an isolated build must fetch because this machine has none of it."""
+    missing = []
+    if find_compiler() is not None:
+        missing += [] if find_torch_include() else ["torch>=2.11"]
+        missing += [] if shutil.which("ninja") else ["ninja"]
+    if os.environ.get("MAFNET_CUDA") == "1" and find_cuda() is None:
+        missing.append(NVCC_REQUIREMENT)
+    return missing
+
+
+def why_no_extension() -> str | None:
+    """The reason the native kernels cannot be built here, or None."""
+    if find_compiler() is None:
+        return f"no C++ compiler found (looked for {os.environ.get('CXX') or 'g++, c++, clang++'})"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "no Python.h found (install the development package of this Python)"
+    return None
+
+
+def extension(name: str, device_glob: str) -> Extension:
+    """A library of every op folder under csrc that has a file matching device_glob."""
+    sources = ["csrc/module.cpp"]
+    for folder in sorted({path.parent for path in ROOT.glob(f"csrc/*/{device_glob}")}):
+        files = [folder / "binding.cpp", *sorted(folder.glob(device_glob))]
+        sources += [str(path.relative_to(ROOT)) for path in files]
+    return Extension(f"mafnet_ops.{name}", sources, py_limited_api=True)
+
+
+def extensions() -> list[Extension]:
+    """What can be built here; where nothing can, that is said loudly or is an error."""
+    reason = why_no_extension()
+    if reason is None:
+        libraries = [extension("_C", "cpu.cpp")]
+        return [*libraries, extension("_C_cuda", "*.cu")] if find_cuda() else libraries
+    if os.environ.get("MAFNET_REQUIRE_EXT") == "1":
+        raise SystemExit(f"mafnet: MAFNET_REQUIRE_EXT=1, but {reason}")
+    print(f"\n*** mafnet: NATIVE KERNELS NOT BUILT: {reason}; PyTorch code is used ***\n")
+    return []
+
+
+def quote(command: Iterable[str]) -> str:
+    """A shell command line with ninja's own escape for the dollar sign."""
+    return shlex.join(command).replace("$", "$$")
+
+
+class NinjaFile:
+    """Collects (inputs -> output) commands, writes them as a ninja file and runs it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.statements: list[str] = []
+        self.commands: list[tuple[str, str]] = []
+
+    def add(self, kind: str, command: list[str], inputs: list[Path], output: Path) -> None:
+        """One step; kind is compile (has a depfile beside the output) or link."""
+        name = output.name.replace(".", "_")
+        rule = [f"rule {name}", f"  command = {quote(command)}", f"  description = {kind} $out"]
+        if kind == "compile":
+            rule += [f"  depfile = {output}.d", "  deps = gcc"]
+        build = f"build {output}: {name} " + " ".join(str(path) for path in inputs)
+        self.statements += [*rule, build, ""]
+        self.commands.append((kind, shlex.join(command)))
+
+    def run(self) -> None:
+        """Builds incrementally with ninja, or everything where there is no ninja."""
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        path = self.directory / "build.ninja"
+        path.write_text("\n".join(self.statements))
+        ninja = shutil.which("ninja")
+        if ninja:
+            subprocess.check_call([ninja, "-f", str(path), f"-j{jobs}"], cwd=ROOT)
+            return
+        for kind in ("compile", "link"):
+            commands = [command for k, command in self.commands if k == kind]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(self._run_one, commands))
+
+    @staticmethod
+    def _run_one(command: str) -> None:
+        print(command, flush=True)
+        subprocess.check_call(command, shell=True, cwd=ROOT)
+
+
+class BuildExt(build_ext):
+    """Compiles with g++ and nvcc by ninja; torch's own build helpers refuse CUDA on a CPU torch."""
+
+    def run(self) -> None:
+        """Checks here, not at import: pip runs this file once before build requirements are there."""
+        if os.environ.get("MAFNET_CUDA") == "1" and find_cuda() is None:
+            raise SystemExit("mafnet: MAFNET_CUDA=1, but no nvcc was found (set CUDA_HOME)")
+        if self.extensions and find_torch_include() is None:
+            raise SystemExit("mafnet: no torch headers beside this Python: pip install 'torch>=2.11'")
+        super().run()
+
+    def build_extensions(self) -> None:
+        """Builds all libraries in build/ext-<key> and copies them to where setuptools wants them."""
+        directory = self._build_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two installs of one tree share the directory
+            ninja = NinjaFile(directory)
+            stub = self._add_stub(ninja, directory)
+            built = {ext.name: self._add_library(ninja, directory, ext, stub) for ext in self.extensions}
+            ninja.run()
+        for name, library in built.items():
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(library), str(target))
+
+    def _build_directory(self) -> Path:
+        key = json.dumps([str(find_torch_include()), self._compiler(), sysconfig.get_paths()["include"]])
+        return ROOT / "build" / f"ext-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+    def _compiler(self) -> list[str]:
+        compiler = find_compiler()
+        assert compiler is not None, "extensions() lists none without a compiler"
+        return compiler
+
+    def _add_stub(self, ninja: NinjaFile, directory: Path) -> Path:
+        """An empty libtorch.so: only its soname matters, `import torch` has mapped the real one."""
+        stub, source = directory / "libtorch.so", directory / "empty.cpp"
+        source.touch()
+        flags = ["-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libtorch.so", "-o", str(stub)]
+        ninja.add("link", [*self._compiler(), *flags, str(source)], [source], stub)
+        return stub
+
+    def _add_library(
+        self, ninja: NinjaFile, directory: Path, ext: Extension, stub: Path
+    ) -> Path:
+        name = ext.name.rpartition(".")[2]
+        objects = []
+        for source in ext.sources:
+            output = directory / f"{name}-{source.replace('/', '-')}.o"
+            command = self._nvcc_command() if source.endswith(".cu") else self._cxx_command(name)
+            command += ["-MD", "-MF", f"{output}.d", "-c", source, "-o", str(output)]
+            ninja.add("compile", command, [ROOT / source], output)
+            objects.append(output)
+        library = directory / f"{name}.abi3.so"
+        command = [*self._compiler(), "-shared", "-Wl,-O1", "-Wl,--exclude-libs,ALL"]
+        command += ["-o", str(library), *map(str, objects)]
+        # --no-as-needed: without it the linker drops libtorch.so and its symbols stay null.
+        command += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
+        command += self._cudart_flags() if name == "_C_cuda" else []
+        ninja.add("link", command, [*objects, stub], library)
+        return library
+
+    def _cxx_command(self, name: str) -> list[str]:
+        command = [*self._compiler(), "-O3", "-std=c++17", "-DNDEBUG", "-fPIC", "-Wall", "-Wextra"]
+        command += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+        command += [f"-ffile-prefix-map={ROOT}=.", "-Icsrc"]
+        command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}"]
+        command += [f"-DMAFNET_MODULE={name}"]
+        command += ["-isystem", str(find_torch_include())]
+        command += ["-isystem", sysconfig.get_paths()["include"]]
+        cuda = find_cuda()
+        if name == "_C_cuda" and cuda is not None:
+            command += ["-DMAFNET_CUDA_LIBRARY", "-isystem", str(cuda / "include")]
+        return command
+
+    def _nvcc_command(self) -> list[str]:
+        cuda = find_cuda()
+        assert cuda is not None, "extensions() lists no .cu without nvcc"
+        command = [str(cuda / "bin" / "nvcc"), "-ccbin", self._compiler()[0], "-O3", "-std=c++17"]
+        command += ["-DNDEBUG", "-Icsrc", "--compress-mode=size", *gencode_flags()]
+        return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+    @staticmethod
+    def _cudart_flags() -> list[str]:
+        """The static runtime: a shared one would tie the wheel to one CUDA major version."""
+        cuda = find_cuda()
+        assert cuda is not None, "extensions() lists no _C_cuda without nvcc"
+        for directory in (cuda / "lib64", cuda / "lib"):
+            if (directory / "libcudart_static.a").exists():
+                return [f"-L{directory}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        raise SystemExit(f"mafnet: no libcudart_static.a under {cuda}")
+
+
+class BuildPy(build_py):
+    """Adds mafnet_ops/_build.json: what was built and why not, read by mafnet_ops.doctor."""
+
+    def run(self) -> None:
+        super().run()
+        folder = ROOT / "mafnet_ops" if self.editable_mode else Path(self.build_lib) / "mafnet_ops"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_build.json").write_text(json.dumps(build_report(), indent=1) + "\n")
+
+
+def build_report() -> dict[str, Any]:
+    """Facts of this build, free of machine paths."""
+    reason = why_no_extension()
+    cuda_reason = None if find_cuda() else "MAFNET_CUDA=0 or no nvcc at build time"
+    return {
+        "extension_missing_because": reason,
+        "cuda_missing_because": reason or cuda_reason,
+        "cuda_archs": os.environ.get("MAFNET_CUDA_ARCHS", DEFAULT_ARCHS),
+    }
+
+
+# The PEP 517 hooks: setuptools' own, plus the requirements this machine lacks.
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
+build_sdist = build_meta.build_sdist
+build_wheel = build_meta.build_wheel
+build_editable = build_meta.build_editable
+
+
+def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """PEP 517 hook."""
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *missing_build_requirements()]
+
+
+def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """PEP 660 hook."""
+    own = missing_build_requirements()
+    return [*build_meta.get_requires_for_build_editable(config_settings), *own]
+
+
+if __name__ == "__main__":
+    modules = extensions()
+    setup(
+        ext_modules=modules,
+        cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
+    )
