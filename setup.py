@@ -1,10 +1,11 @@
-"""Builds mafnet_ops._C (CPU) and, where nvcc is found, mafnet_ops._C_cuda. Never imports torch.
+"""Builds mafnet_ops._C (CPU) and, where it is of use, mafnet_ops._C_cuda. Never imports torch.
 
 Both libraries use the LibTorch stable ABI and the Python limited API, so one cp310-abi3 wheel serves
 every torch >= 2.11 and every Python >= 3.10. This file is also the PEP 517 backend (see pyproject.toml).
 
 Environment:
-  MAFNET_CUDA         auto (default: build _C_cuda if nvcc is found) | 1 (require it) | 0
+  MAFNET_CUDA         auto (default): build _C_cuda if nvcc is found, unless the torch beside it is a
+                      build without CUDA, which could not load it | 1: build it, or fail | 0
   MAFNET_CUDA_ARCHS   default "75;80;86;89;90a;100;120+PTX", or "native" for the local GPU alone
   MAFNET_REQUIRE_EXT  1: fail where no C++ compiler is found, instead of installing without kernels
   MAX_JOBS, CXX, CUDA_HOME as usual
@@ -16,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import site
@@ -51,6 +53,15 @@ def find_torch_include() -> Path | None:
     return next((c for c in candidates if (c / "torch/csrc/stable/library.h").exists()), None)
 
 
+def torch_has_cuda() -> bool:
+    """Whether the torch beside the target is a build with CUDA; True where there is none to ask."""
+    include = find_torch_include()
+    if include is None:
+        return True
+    text = (include.parent / "version.py").read_text()
+    return re.search(r"^cuda\b.*=\s*None", text, re.MULTILINE) is None
+
+
 def find_compiler() -> list[str] | None:
     """CXX, or the first of g++, c++, clang++ on the PATH, as a command line."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
@@ -68,8 +79,6 @@ def nvcc_home(nvcc: str) -> str:
 
 def find_cuda() -> Path | None:
     """The CUDA toolkit to compile kernels with, or None."""
-    if os.environ.get("MAFNET_CUDA", "auto") == "0":
-        return None
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     on_path = shutil.which("nvcc")
     if on_path:
@@ -79,6 +88,18 @@ def find_cuda() -> Path | None:
         candidates += [str(p) for p in sorted(directory.glob("nvidia/cu1[0-9]"), reverse=True)]
     usable = (Path(c) for c in candidates if c and (Path(c) / "bin" / "nvcc").exists())
     return next((c.resolve() for c in usable), None)
+
+
+def why_no_cuda() -> str | None:
+    """The reason _C_cuda is not built, or None."""
+    mode = os.environ.get("MAFNET_CUDA", "auto")
+    if mode == "0":
+        return "MAFNET_CUDA=0 when it was built"
+    if find_cuda() is None:
+        return "no nvcc found when it was built"
+    if mode != "1" and not torch_has_cuda():
+        return "torch was a build without CUDA when it was built (MAFNET_CUDA=1 builds it all the same)"
+    return None
 
 
 def gencode_flags() -> list[str]:
@@ -129,7 +150,7 @@ def extensions() -> list[Extension]:
     reason = why_no_extension()
     if reason is None:
         libraries = [extension("_C", "cpu.cpp")]
-        return [*libraries, extension("_C_cuda", "*.cu")] if find_cuda() else libraries
+        return libraries if why_no_cuda() else [*libraries, extension("_C_cuda", "*.cu")]
     if os.environ.get("MAFNET_REQUIRE_EXT") == "1":
         raise SystemExit(f"mafnet: MAFNET_REQUIRE_EXT=1, but {reason}")
     print(f"\n*** mafnet: NATIVE KERNELS NOT BUILT: {reason}; PyTorch code is used ***\n")
@@ -234,7 +255,7 @@ class BuildExt(build_ext):
             ninja.add("compile", command, [ROOT / source], output)
             objects.append(output)
         library = directory / f"{name}.abi3.so"
-        command = [*self._compiler(), "-shared", "-Wl,-O1", "-Wl,--exclude-libs,ALL"]
+        command = [*self._compiler(), "-shared", "-s", "-Wl,-O1", "-Wl,--exclude-libs,ALL"]
         command += ["-o", str(library), *map(str, objects)]
         # --no-as-needed: without it the linker drops libtorch.so and its symbols stay null.
         command += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
@@ -286,10 +307,9 @@ class BuildPy(build_py):
 def build_report() -> dict[str, Any]:
     """Facts of this build, free of machine paths."""
     reason = why_no_extension()
-    cuda_reason = None if find_cuda() else "MAFNET_CUDA=0 or no nvcc at build time"
     return {
         "extension_missing_because": reason,
-        "cuda_missing_because": reason or cuda_reason,
+        "cuda_missing_because": reason or why_no_cuda(),
         "cuda_archs": os.environ.get("MAFNET_CUDA_ARCHS", DEFAULT_ARCHS),
     }
 

@@ -50,11 +50,15 @@ def resolve(name_or_path: str | Path) -> Path:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
-            raise CheckpointError(f"{path}: expected one .safetensors file in the folder, found {len(files)}")
+            raise CheckpointError(
+                f"{path}: expected one .safetensors file in the folder, found {len(files)}"
+            )
         return files[0]
     if not path.is_file():
         names = ", ".join(weights_available()) or "none"
-        raise CheckpointError(f"{name_or_path}: no such file, and no bundled weights (bundled: {names})")
+        raise CheckpointError(
+            f"{name_or_path}: no such file, and no bundled weights (bundled: {names})"
+        )
     return path
 
 
@@ -92,7 +96,9 @@ def load(name_or_path: str | Path) -> Checkpoint:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable .safetensors file ({error})") from None
     if metadata.get("format") != FORMAT or "config" not in metadata:
-        raise CheckpointError(f"{path}: not a mafnet checkpoint (its metadata holds no {FORMAT} config)")
+        raise CheckpointError(
+            f"{path}: not a mafnet checkpoint (its metadata holds no {FORMAT} config)"
+        )
     try:
         config = from_dict(ModelConfig, json.loads(metadata["config"]))
     except (ConfigError, json.JSONDecodeError) as error:

@@ -37,7 +37,9 @@ class ModelConfig:
     blocks: int = 3
     block_layers: int = 6
     growth: int = 32
-    global_fusion: bool = True  # R: concat of all block outputs -> 1x1 -> 3x3 -> + first convolution, as in RDN
+    global_fusion: bool = (
+        True  # R: concat of all block outputs -> 1x1 -> 3x3 -> + first convolution, as in RDN
+    )
 
     # Attention (P; kernel, sharing and window R).
     channel_attention: bool = True
@@ -74,13 +76,32 @@ class ModelConfig:
     skip: Literal["bicubic", "bilinear", "none"] = "bicubic"
 
     def __post_init__(self) -> None:
-        for name in ("channels", "growth", "hr_channels", "flow_channels", "flow_width", "deform_groups"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("blocks", "block_layers", "flow_levels", "ca_reduction", "self_attention_reduction"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "channels",
+            "growth",
+            "hr_channels",
+            "flow_channels",
+            "flow_width",
+            "deform_groups",
+        ):
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
+        for name in (
+            "blocks",
+            "block_layers",
+            "flow_levels",
+            "ca_reduction",
+            "self_attention_reduction",
+        ):
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
         _require(self.ca_kernel in (1, 3), f"ca_kernel must be 1 or 3, got {self.ca_kernel}")
         window = self.self_attention_window
-        _require(window is None or window >= 1, f"self_attention_window must be at least 1, got {window}")
+        _require(
+            window is None or window >= 1, f"self_attention_window must be at least 1, got {window}"
+        )
         lstm_channels = self.channels if self.lstm_at == "lr" else self.hr_channels
         _require(
             self.lstm != "deform" or lstm_channels % self.deform_groups == 0,
@@ -143,7 +164,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; valid keys: {', '.join(sorted(fields))}")
+        raise ConfigError(
+            f"{where}: unknown key {unknown[0]!r}; valid keys: {', '.join(sorted(fields))}"
+        )
     hints = typing.get_type_hints(cls)
     arguments = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()}
     try:
@@ -160,7 +183,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if origin is Literal:
         if value not in options:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+            raise ConfigError(
+                f"{where}: expected one of {', '.join(map(repr, options))}, got {value!r}"
+            )
         return value
     if origin in (types.UnionType, typing.Union):  # T | None; "none" spells None, which TOML lacks
         if value is None or value == "none":

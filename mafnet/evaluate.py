@@ -122,13 +122,21 @@ def _center(net: MAFnet, frames: ByteArray) -> ByteArray:
     return next(_run(net, frames, lambda x: net(x, center_only=True)))
 
 
-def _run(
-    net: MAFnet, frames: ByteArray, call: Callable[[Tensor], Tensor]
-) -> Iterator[ByteArray]:
+def _run(net: MAFnet, frames: ByteArray, call: Callable[[Tensor], Tensor]) -> Iterator[ByteArray]:
     device = next(net.parameters()).device
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).unsqueeze(0).to(device).float() / 255
     with torch.inference_mode():
-        out = call(x)[0].clamp(0, 1).mul(255).add(0.5).floor().byte().permute(0, 2, 3, 1).cpu().numpy()
+        out = (
+            call(x)[0]
+            .clamp(0, 1)
+            .mul(255)
+            .add(0.5)
+            .floor()
+            .byte()
+            .permute(0, 2, 3, 1)
+            .cpu()
+            .numpy()
+        )
     yield from out
 
 
@@ -146,7 +154,9 @@ def _truth(path: Path, low: ByteArray) -> ByteArray:
     image = _read(path)
     height, width = 4 * low.shape[0], 4 * low.shape[1]
     if image.shape[0] < height or image.shape[1] < width:
-        raise ConfigError(f"{path}: expected at least {width}x{height}, got {image.shape[1]}x{image.shape[0]}")
+        raise ConfigError(
+            f"{path}: expected at least {width}x{height}, got {image.shape[1]}x{image.shape[0]}"
+        )
     return image[:height, :width]
 
 

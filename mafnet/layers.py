@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,9 @@ def _halve(x: Tensor) -> Tensor:
 
 def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
     """Flow (N, h, w, 2) in its own pixels -> (N, H, W, 2) in the pixels of the new size, one level finer."""
-    planes = F.interpolate(flow.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
+    planes = F.interpolate(
+        flow.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False
+    )
     return 2 * planes.permute(0, 2, 3, 1)
 
 
@@ -188,7 +191,7 @@ class SpyNet(nn.Module):
             super().__init__()
             widths = (8, 32, 64, 32, 16, 2)
             layers: list[nn.Module] = []
-            for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            for i, (n_in, n_out) in enumerate(pairwise(widths)):
                 layers += [nn.ReLU()] if i else []
                 layers += [conv(n_in, n_out, 7)]
             self.basic_module = nn.Sequential(*layers)
@@ -208,27 +211,28 @@ class SpyNet(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Frames (N, 3, H, W) -> flow (N, H, W, 2) in pixels: a(p) looks like b(p + flow(p))."""
         height, width = a.shape[-2:]
-        size = (-(-height // 32) * 32, -(-width // 32) * 32)
+        whole = (-(-height // 32) * 32, -(-width // 32) * 32)
         pairs = [
             tuple(
-                F.interpolate((t - self.mean) / self.std, size=size, mode="bilinear", align_corners=False)
+                F.interpolate(
+                    (t - self.mean) / self.std, size=whole, mode="bilinear", align_corners=False
+                )
                 for t in (a, b)
             )
         ]
         for _ in range(len(self.basic_module) - 1):
             x, y = pairs[-1]
             pairs.append((F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)))
-        x = pairs[-1][0]
-        flow = x.new_zeros(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, 2, dtype=torch.float32)
+        coarsest = pairs[-1][0]
+        planes = coarsest.new_zeros(coarsest.shape[0], 2, *coarsest.shape[-2:], dtype=torch.float32)
         for level, (x, y) in zip(self.basic_module, reversed(pairs), strict=True):
-            planes = flow.permute(0, 3, 1, 2)
-            planes = 2 * F.interpolate(planes, size=x.shape[-2:], mode="bilinear", align_corners=True)
-            warped = flow_warp(y, planes.permute(0, 2, 3, 1).contiguous(), "bilinear", "border")
-            delta = level(torch.cat([x, warped, planes.to(x.dtype)], 1)).float()
-            flow = (planes + delta).permute(0, 2, 3, 1)
-        planes = flow.permute(0, 3, 1, 2)
+            if planes.shape[-2:] != x.shape[-2:]:
+                size = (x.shape[-2], x.shape[-1])
+                planes = 2 * F.interpolate(planes, size=size, mode="bilinear", align_corners=True)
+            warped = flow_warp(y, planes.permute(0, 2, 3, 1), "bilinear", "border")
+            planes = planes + level(torch.cat([x, warped, planes.to(x.dtype)], 1)).float()
         planes = F.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False)
-        ratio = planes.new_tensor([width / size[1], height / size[0]])
+        ratio = planes.new_tensor([width / whole[1], height / whole[0]])
         return planes.permute(0, 2, 3, 1) * ratio
 
 

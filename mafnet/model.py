@@ -37,7 +37,9 @@ class Reconstruction(NamedTuple):
     """What :meth:`MAFnet.reconstruct` returns."""
 
     frames: Tensor  # (B, S, 3, 4H, 4W), S the number of selected frames
-    flow_previous: Tensor | None  # (B, T - 1, H, W, 2) in LR pixels, from frame t + 1 back to frame t
+    flow_previous: (
+        Tensor | None
+    )  # (B, T - 1, H, W, 2) in LR pixels, from frame t + 1 back to frame t
     flow_next: Tensor | None  # (B, T - 1, H, W, 2), from frame t to frame t + 1
 
 
@@ -66,7 +68,9 @@ class MAFnet(nn.Module):
         return cls(PRESETS[name])
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "cpu") -> MAFnet:
+    def from_pretrained(
+        cls, name_or_path: str | Path, device: str | torch.device = "cpu"
+    ) -> MAFnet:
         """A trained network in eval mode: the name of bundled weights, a .safetensors file or its folder.
 
         Raises:
@@ -184,7 +188,9 @@ class MAFnet(nn.Module):
     def _check(self, frames: Tensor) -> None:
         if not isinstance(frames, Tensor) or not frames.is_floating_point():
             got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
-            raise TypeError(f"MAFnet: frames: expected a floating-point tensor in [0, 1], got {got}")
+            raise TypeError(
+                f"MAFnet: frames: expected a floating-point tensor in [0, 1], got {got}"
+            )
         if frames.dim() != 5 or frames.shape[2] != 3 or 0 in frames.shape[1:]:
             raise ValueError(
                 f"MAFnet: frames: expected (B, T, 3, H, W) with T, H, W >= 1, got {tuple(frames.shape)}"
@@ -238,7 +244,9 @@ class AttentionFlow(nn.Module):
         super().__init__()
         channels = c.channels
         self.causal = c.direction == "causal"
-        self.attention = None if c.share_attention else MultiAttention(replace(c, self_attention=False))
+        self.attention = (
+            None if c.share_attention else MultiAttention(replace(c, self_attention=False))
+        )
         self.mix = conv(2 * channels, channels, 1)
         self.guide: nn.Conv2d | None = None
         self.net: FeaturePyramidFlow | SpyNet
@@ -251,9 +259,7 @@ class AttentionFlow(nn.Module):
             self.net = SpyNet()
         self.fuse = conv(3 * channels, channels, 1)
 
-    def attended(
-        self, x: Tensor, statistics: ChannelStatistics, shared: MultiAttention
-    ) -> Tensor:
+    def attended(self, x: Tensor, statistics: ChannelStatistics, shared: MultiAttention) -> Tensor:
         """Spatial and channel attention of the same features, in parallel: (BT, 2C, H, W)."""
         attention = self.attention or shared
         return torch.cat([attention.by_position(x), attention.by_channel(x, statistics)], 1)
@@ -339,9 +345,7 @@ class _Head(nn.Module):
         super().__init__()
         self.flow_scale = 4 if c.lstm_at == "hr" else 1
         self.uses_flow_branch = c.flow_branch
-        self.recurrence = (
-            None if c.lstm == "none" else Recurrence(c, channels, offset_stride)
-        )
+        self.recurrence = None if c.lstm == "none" else Recurrence(c, channels, offset_stride)
         # Without the recurrence the two branches are merged by its input convolution alone.
         merge = self.recurrence is None and c.flow_branch
         self.merge = conv(2 * channels, channels, 1) if merge else None

@@ -26,7 +26,15 @@ from tqdm import tqdm
 from mafnet_ops import flow_warp
 
 from . import checkpoint
-from .config import PRESETS, ConfigError, ModelConfig, apply_overrides, from_dict, load_toml, to_dict
+from .config import (
+    PRESETS,
+    ConfigError,
+    ModelConfig,
+    apply_overrides,
+    from_dict,
+    load_toml,
+    to_dict,
+)
 from .data import DataConfig, PackedData, pack
 from .losses import charbonnier
 from .model import MAFnet
@@ -101,7 +109,9 @@ class TrainConfig:
 
 def main_train(config_path: str | Path, overrides: list[str]) -> Path:
     """Train as the TOML file says, with ``key=value`` overrides; returns the path of the final weights."""
-    config = from_dict(TrainConfig, apply_overrides(load_toml(config_path), overrides), str(config_path))
+    config = from_dict(
+        TrainConfig, apply_overrides(load_toml(config_path), overrides), str(config_path)
+    )
     return Trainer(config).run()
 
 
@@ -159,7 +169,9 @@ class Trainer:
             return None
         state = torch.load(self.state_path, weights_only=True)
         if state["model"] != json.dumps(to_dict(self.model_config)):
-            raise ConfigError(f"{self.state_path}: was saved for another model; choose a new output folder")
+            raise ConfigError(
+                f"{self.state_path}: was saved for another model; choose a new output folder"
+            )
         self.averages = state["averages"]
         self.rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
@@ -212,7 +224,9 @@ class Stage:
             try:
                 self.net.get_submodule(name).requires_grad_(False)
             except AttributeError:
-                known_names = ", ".join(n for n, _ in self.net.named_modules() if n.count(".") < 2 and n)
+                known_names = ", ".join(
+                    n for n, _ in self.net.named_modules() if n.count(".") < 2 and n
+                )
                 raise ConfigError(f"freeze: no module {name!r}; modules: {known_names}") from None
         self.ema = Average(self.net, stage.ema)
         self.groups = list(self.parameter_groups())
@@ -223,7 +237,9 @@ class Stage:
     def network_config(self, config: ModelConfig) -> ModelConfig:
         """The network that this stage runs; its parameters are a subset of the whole network's."""
         window = self.trainer.config.attention_window
-        return config if window is None else dataclasses.replace(config, self_attention_window=window)
+        return (
+            config if window is None else dataclasses.replace(config, self_attention_window=window)
+        )
 
     def parameter_groups(self) -> Iterator[dict[str, Any]]:
         yield {"params": [p for p in self.net.parameters() if p.requires_grad], "factor": 1.0}
@@ -287,7 +303,7 @@ class Stage:
 
     def _evaluate(self) -> None:
         config = self.trainer.config.eval
-        if config is None or self.step % config.every and self.step != self.stage.steps:
+        if config is None or (self.step % config.every and self.step != self.stage.steps):
             return
         from .evaluate import measure_folder
 
@@ -296,7 +312,9 @@ class Stage:
         net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         psnr = measure_folder(net, config.folder, config.frames, config.windows)
         log.info("step %d: %s psnr_y %.3f dB", self.step, config.folder, psnr)
-        self.trainer.write_log({"stage": self.stage.kind, "step": self.step, "psnr_y": round(psnr, 4)})
+        self.trainer.write_log(
+            {"stage": self.stage.kind, "step": self.step, "psnr_y": round(psnr, 4)}
+        )
 
     def measured_config(self) -> ModelConfig:
         """This stage's network with the windows of the final model."""
@@ -373,7 +391,11 @@ class FlowStage(Stage):
             value = value + weight * known_flow_error(flow, shrunk, known)
         epe = known_flow_error(flows[-1].detach(), truth, valid)
         still = known_flow_error(torch.zeros_like(truth), truth, valid)
-        return value, {"flow_loss": value.item(), "epe": epe.item(), "epe_of_zero_flow": still.item()}
+        return value, {
+            "flow_loss": value.item(),
+            "epe": epe.item(),
+            "epe_of_zero_flow": still.item(),
+        }
 
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Frames a, b (n, 3, q, q), flow a -> b and where it is known: shifted stills and moving clips in turn."""
@@ -402,7 +424,10 @@ class ClipStage(Stage):
         moving = [p for p in self.net.parameters() if p.requires_grad]
         yield {"params": [p for p in moving if id(p) not in slow], "factor": 1.0}
         if any(id(p) in slow for p in moving):
-            yield {"params": [p for p in moving if id(p) in slow], "factor": self.stage.flow_lr_factor}
+            yield {
+                "params": [p for p in moving if id(p) in slow],
+                "factor": self.stage.flow_lr_factor,
+            }
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         s = self.stage
@@ -414,7 +439,11 @@ class ClipStage(Stage):
             out = self.net.reconstruct(batch.lr, select)
         value = charbonnier(out.frames, batch.hr[:, select])
         parts = {"charbonnier": value.item()}
-        if out.flow_previous is not None and out.flow_next is not None and out.flow_next.requires_grad:
+        if (
+            out.flow_previous is not None
+            and out.flow_next is not None
+            and out.flow_next.requires_grad
+        ):
             flows = torch.cat([out.flow_previous, out.flow_next])
             truth = torch.cat([batch.flow_prev[:, 1:], batch.flow_next[:, :-1]])
             valid = torch.cat([batch.valid[:, 1:], batch.valid[:, :-1]])
@@ -440,5 +469,7 @@ def photometric_error(frames: Tensor, flow_previous: Tensor, flow_next: Tensor) 
     there = torch.cat([frames[:, :-1], frames[:, 1:]]).flatten(0, 1)
     flow = torch.cat([flow_previous, flow_next]).flatten(0, 1)
     difference = flow_warp(there, flow, "bilinear", "border") - here  # type: ignore[operator]
-    variation = (flow[:, 1:] - flow[:, :-1]).abs().mean() + (flow[:, :, 1:] - flow[:, :, :-1]).abs().mean()
+    variation = (flow[:, 1:] - flow[:, :-1]).abs().mean() + (
+        flow[:, :, 1:] - flow[:, :, :-1]
+    ).abs().mean()
     return (difference.square() + 1e-6).sqrt().mean() + 0.02 * variation

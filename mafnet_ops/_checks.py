@@ -30,7 +30,11 @@ def require_tensor(op: str, argument: str, value: object, dims: int) -> None:
 def require_shape(op: str, argument: str, value: Tensor, shape: Sequence[int], why: str) -> None:
     """Raise ``ValueError`` unless ``value`` has exactly ``shape``; ``why`` spells the shape in names."""
     require(
-        tuple(value.shape) == tuple(shape), op, argument, f"{why} = {tuple(shape)}", tuple(value.shape)
+        tuple(value.shape) == tuple(shape),
+        op,
+        argument,
+        f"{why} = {tuple(shape)}",
+        tuple(value.shape),
     )
 
 
@@ -58,8 +62,9 @@ def require_same_dtype(op: str, first: str, tensors: dict[str, Tensor | None]) -
 
 def pair(op: str, argument: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least ``minimum``, as a pair."""
-    items = (value, value) if isinstance(value, int) else tuple(value)
-    ok = len(items) == 2 and all(isinstance(v, int) and v >= minimum for v in items)
+    items = (value, value) if isinstance(value, int) else value
+    ok = isinstance(items, Sequence) and len(items) == 2
+    ok = ok and all(isinstance(v, int) and v >= minimum for v in items)
     require(ok, op, argument, f"an int or a pair of ints >= {minimum}", value)
     return items[0], items[1]
 

@@ -53,19 +53,28 @@ def deform_align(
     require_tensor(_OP, "raw", raw, 4)
     require_tensor(_OP, "weight", weight, 4)
     taps = weight.shape[2] * weight.shape[3]
-    groups, rest = divmod(raw.shape[1], 3 * taps)
+    require(taps > 0, _OP, "weight", "a kernel of at least 1 x 1", tuple(weight.shape[2:]))
+    groups, rest = raw.shape[1] // (3 * taps), raw.shape[1] % (3 * taps)
     expected = f"a positive multiple of 3 * {taps} channels"
     require(rest == 0 and groups > 0, _OP, "raw", expected, f"{raw.shape[1]} channels")
-    require(flow_2 is None or flow_1 is not None, _OP, "flow_1", "a tensor where flow_2 is given", None)
     require(
-        flow_2 is None or groups % 2 == 0, _OP, "raw", "an even number of offset groups for two flows", groups
+        flow_2 is None or flow_1 is not None, _OP, "flow_1", "a tensor where flow_2 is given", None
+    )
+    require(
+        flow_2 is None or groups % 2 == 0,
+        _OP,
+        "raw",
+        "an even number of offset groups for two flows",
+        groups,
     )
     shape = (raw.shape[0], *raw.shape[2:], 2)
     for name, flow in (("flow_1", flow_1), ("flow_2", flow_2)):
         if flow is not None:
             require_tensor(_OP, name, flow, 4)
             require_shape(_OP, name, flow, shape, "(N, H_out, W_out, 2)")
-    require_same_device(_OP, "input", {"input": input, "raw": raw, "flow_1": flow_1, "flow_2": flow_2})
+    require_same_device(
+        _OP, "input", {"input": input, "raw": raw, "flow_1": flow_1, "flow_2": flow_2}
+    )
     offset, mask = reference.deform_align_offsets(raw, flow_1, flow_2, max_residue_magnitude)
     return modulated_deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation)
 
@@ -104,10 +113,15 @@ class DeformAlign(ModulatedDeformConv2d):
 
     @torch.no_grad()
     def init_identity(self) -> None:
-        """Start as a copy: with zero raw output (mask 1/2) each group passes its input through unchanged."""
+        """Start near a copy: with zero raw output (mask 1/2) the bias and all but a twentieth of the drawn weight
+        are gone, and each group passes its input through."""
         out_channels, group_channels, kernel_h, kernel_w = self.weight.shape
         require(
-            out_channels == group_channels * self.groups, _OP, "out_channels", "in_channels", out_channels
+            out_channels == group_channels * self.groups,
+            _OP,
+            "out_channels",
+            "in_channels",
+            out_channels,
         )
         self.weight.mul_(0.1)
         centre = self.weight[:, :, kernel_h // 2, kernel_w // 2]

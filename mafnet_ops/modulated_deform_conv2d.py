@@ -52,7 +52,8 @@ def modulated_deform_conv2d(
     Returns:
         (N, C_out, H_out, W_out) in the dtype of ``input``.
 
-    Gradients flow to input, offset, mask, weight and bias; in fp64 they are differentiable again. At an integer
+    Gradients flow to input, offset, mask, weight and bias; in fp64 they are differentiable again, in lower
+    precision the compiled kernel refuses a second derivative with a ``RuntimeError``. At an integer
     coordinate the gradient with respect to the offset is the right-hand one (of the cell [n, n + 1)).
 
     A NaN offset gives NaN; an infinite or far one samples zero. Under autocast features and weight run in
@@ -68,15 +69,21 @@ def modulated_deform_conv2d(
         bias = None if bias is None else bias.to(low)
     geometry = _check(input, offset, mask, weight, bias, stride, padding, dilation)
     if input.device.type not in _NATIVE_DEVICES or input.dtype == torch.float64:
-        return reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
-    # The kernel computes in fp32, images channels_last; what already is so is not copied.
-    image = input.to(torch.float32, memory_format=torch.channels_last)
+        out = reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
+        return _in_format_of(input, out)
+    # The kernel computes in fp32, images channels_last; what already is so is not copied. Tensor.to() would
+    # take a slice of a channels_last tensor for one that already is so.
+    image = input.float().contiguous(memory_format=torch.channels_last)
     planar = [None if t is None else t.float().contiguous() for t in (offset, mask, weight, bias)]
     flat = tuple(v for pair_ in geometry for v in pair_)
-    out = _ModulatedDeformConv2d.apply(image, *planar, flat).to(input.dtype)
+    return _in_format_of(input, _ModulatedDeformConv2d.apply(image, *planar, flat).to(input.dtype))
+
+
+def _in_format_of(input: Tensor, output: Tensor) -> Tensor:
+    """``output`` channels_last where ``input`` is, else contiguous."""
     if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
-        return out
-    return out.contiguous()
+        return output.contiguous(memory_format=torch.channels_last)
+    return output.contiguous()
 
 
 def _check(
@@ -104,16 +111,24 @@ def _check(
     padding_ = pair(_OP, "padding", padding, 0)
     dilation_ = pair(_OP, "dilation", dilation, 1)
     batch, channels, height, width = input.shape
+    require(channels > 0, _OP, "input", "at least 1 channel", tuple(input.shape))
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     fits = group_channels > 0 and channels % group_channels == 0
-    require(fits, _OP, "weight", f"shape[1] to divide the {channels} input channels", group_channels)
+    require(
+        fits, _OP, "weight", f"shape[1] to divide the {channels} input channels", group_channels
+    )
     groups = channels // group_channels
     require(
-        out_channels % groups == 0, _OP, "weight", f"shape[0] a multiple of {groups} groups", out_channels
+        out_channels % groups == 0,
+        _OP,
+        "weight",
+        f"shape[0] a multiple of {groups} groups",
+        out_channels,
     )
     taps = kernel_h * kernel_w
     require(taps > 0, _OP, "weight", "a kernel of at least 1 x 1", (kernel_h, kernel_w))
-    offset_groups, rest = divmod(offset.shape[1], 2 * taps)
+    # No divmod: Dynamo cannot trace it with dynamic shapes.
+    offset_groups, rest = offset.shape[1] // (2 * taps), offset.shape[1] % (2 * taps)
     require(
         rest == 0 and offset_groups > 0 and channels % offset_groups == 0,
         _OP,
@@ -152,9 +167,7 @@ _NATIVE_DEVICES = _library.register_op(
 )
 
 
-@torch.library.register_fake(
-    "mafnet_ops::modulated_deform_conv2d_forward", lib=_library.LIBRARY
-)
+@torch.library.register_fake("mafnet_ops::modulated_deform_conv2d_forward", lib=_library.LIBRARY)
 def _(
     input: Tensor,
     offset: Tensor,
@@ -167,9 +180,7 @@ def _(
     return _empty(input, shape, torch.channels_last)
 
 
-@torch.library.register_fake(
-    "mafnet_ops::modulated_deform_conv2d_backward", lib=_library.LIBRARY
-)
+@torch.library.register_fake("mafnet_ops::modulated_deform_conv2d_backward", lib=_library.LIBRARY)
 def _(
     grad_output: Tensor,
     input: Tensor,
@@ -216,17 +227,53 @@ class _ModulatedDeformConv2d(torch.autograd.Function):
         ctx.save_for_backward(input, offset, mask, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, offset, mask, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_input, grad_offset, grad_mask, grad_weight = (
-            torch.ops.mafnet_ops.modulated_deform_conv2d_backward(
-                grad, input, offset, mask, weight, *ctx.geometry
-            )
+        # Compiled code has no second derivative, and Dynamo cannot nest Functions here.
+        function = _backward if torch.compiler.is_compiling() else _OnceDifferentiable.apply
+        grad_input, grad_offset, grad_mask, grad_weight = function(
+            grad, input, offset, mask, weight, ctx.geometry
         )
         grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
-        return grad_input, grad_offset, None if mask is None else grad_mask, grad_weight, grad_bias, None
+        return (
+            grad_input,
+            grad_offset,
+            None if mask is None else grad_mask,
+            grad_weight,
+            grad_bias,
+            None,
+        )
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    geometry: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.mafnet_ops.modulated_deform_conv2d_backward(
+        grad, input, offset, mask, weight, *geometry
+    )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The raw backward op. PyTorch's ``once_differentiable`` does not see that the gradients depend on the saved
+    tensors: with a constant incoming gradient a second derivative would silently be zero."""
+
+    forward = staticmethod(_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{_OP}: input: expected dtype float64 for a second derivative, got a lower precision"
+        )
 
 
 class ModulatedDeformConv2d(nn.Module):
@@ -255,7 +302,9 @@ class ModulatedDeformConv2d(nn.Module):
         self.padding = pair(_OP, "padding", padding, 0)
         self.dilation = pair(_OP, "dilation", dilation, 1)
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, *self.kernel_size)
+        )
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:

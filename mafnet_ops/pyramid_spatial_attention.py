@@ -8,11 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
-from ._checks import require, require_same_device, require_shape, require_tensor
+from ._checks import (
+    autocast_dtype,
+    require,
+    require_same_device,
+    require_same_dtype,
+    require_shape,
+    require_tensor,
+)
 
 _OP = "pyramid_spatial_attention"
 LAYERS = ("reduce", "pool_1", "level_2", "pool_2", "conv_2", "add", "mask", "feature")
 """The eight convolutions in order of use; ``weights[i]`` and ``biases[i]`` of the functional form follow it."""
+
+
+def _require_pixels(op: str, argument: str, value: Tensor) -> None:
+    height_and_width = min(value.shape[2:]) > 0
+    require(height_and_width, op, argument, "H and W of at least 1", tuple(value.shape))
+
+
+def _require_convolution(
+    op: str, input: Tensor, tensors: dict[str, Tensor | None], shape: Sequence[int], form: str
+) -> None:
+    """Raise unless ``tensors``, a weight of ``shape`` and its bias or None, go with ``input``."""
+    (weight_name, weight), (bias_name, bias) = tensors.items()
+    require_tensor(op, weight_name, weight, 4)
+    if bias is not None:
+        require_tensor(op, bias_name, bias, 1)
+    require_same_device(op, "input", {"input": input, **tensors})
+    if autocast_dtype(input.device) is None:
+        require_same_dtype(op, "input", {"input": input, **tensors})
+    assert weight is not None
+    require_shape(op, weight_name, weight, shape, form)
+    if bias is not None:
+        require_shape(op, bias_name, bias, shape[:1], "(C_out,)")
 
 
 def pool_concat(input: Tensor) -> Tensor:
@@ -26,9 +55,10 @@ def pool_concat(input: Tensor) -> Tensor:
         (N, 2 * C, ceil(H / 2), ceil(W / 2)): C max-pooled channels, then C averaged ones.
 
     Raises:
-        ValueError: not 4 dimensions. TypeError: not floating point.
+        ValueError: not 4 dimensions, or no pixels. TypeError: not floating point.
     """
     require_tensor("pool_concat", "input", input, 4)
+    _require_pixels("pool_concat", "input", input)
     return reference.pool_concat(input)
 
 
@@ -47,15 +77,17 @@ def pool_concat_conv(
         (N, C_out, ceil(H / 2), ceil(W / 2)).
 
     Raises:
-        ValueError: a shape or device that does not fit. TypeError: not floating point.
+        ValueError: a shape or device that does not fit. TypeError: a dtype that is not floating point, or a
+            weight or bias in another dtype than input.
     """
     op = "pool_concat_conv"
     require_tensor(op, "input", input, 4)
+    _require_pixels(op, "input", input)
     require_tensor(op, "weight", weight, 4)
-    require_same_device(op, "input", {"input": input, "weight": weight, "bias": bias})
     out_channels, kernel = weight.shape[0], weight.shape[-1]
     shape = (out_channels, 2 * input.shape[1], kernel, kernel)
-    require_shape(op, "weight", weight, shape, "(C_out, 2 * C, k, k)")
+    tensors = {"weight": weight, "bias": bias}
+    _require_convolution(op, input, tensors, shape, "(C_out, 2 * C, k, k)")
     require(kernel % 2 == 1, op, "weight", "an odd kernel size", kernel)
     out = F.conv2d(reference.pool_concat(input), weight, bias, padding=kernel // 2)
     return F.leaky_relu(out, negative_slope)
@@ -75,6 +107,8 @@ def resize_add(input: Tensor, other: Tensor) -> Tensor:
     """
     require_tensor("resize_add", "input", input, 4)
     require_tensor("resize_add", "other", other, 4)
+    _require_pixels("resize_add", "input", input)
+    _require_pixels("resize_add", "other", other)
     require_same_device("resize_add", "input", {"input": input, "other": other})
     shape = (*other.shape[:2], *input.shape[2:])
     require_shape("resize_add", "input", input, shape, "N and C of other")
@@ -102,16 +136,15 @@ def spatial_gate(
         (N, C, H, W).
 
     Raises:
-        ValueError: a shape, device or ``mask_from`` that does not fit. TypeError: not floating point.
+        ValueError: a shape, device or ``mask_from`` that does not fit. TypeError: as :func:`pool_concat_conv`.
     """
     op = "spatial_gate"
     require_tensor(op, "input", input, 4)
     require_tensor(op, "mask", mask, 4)
-    require_tensor(op, "weight", weight, 4)
-    require_same_device(op, "input", {"input": input, "mask": mask, "weight": weight, "bias": bias})
+    require_same_device(op, "input", {"input": input, "mask": mask})
     require_shape(op, "mask", mask, input.shape, "the shape of input")
-    channels = input.shape[1]
-    require_shape(op, "weight", weight, (channels, channels, 1, 1), "(C, C, 1, 1)")
+    shape = (input.shape[1], input.shape[1], 1, 1)
+    _require_convolution(op, mask, {"weight": weight, "bias": bias}, shape, "(C, C, 1, 1)")
     require(mask_from in ("m", "feature"), op, "mask_from", "'m' or 'feature'", repr(mask_from))
     return reference.spatial_gate(input, mask, weight, bias, scale, negative_slope, mask_from)
 
@@ -141,17 +174,23 @@ def pyramid_spatial_attention(
         (N, C, H, W).
 
     Raises:
-        ValueError: a shape or device that does not fit. TypeError: not floating point.
+        ValueError: a shape or device that does not fit. TypeError: a dtype that is not floating point, or a
+            weight or bias in another dtype than input.
     """
     require_tensor(_OP, "input", input, 4)
-    require(len(weights) == len(LAYERS), _OP, "weights", f"{len(LAYERS)} tensors {LAYERS}", len(weights))
-    require(len(biases) == len(LAYERS), _OP, "biases", f"{len(LAYERS)} tensors or None", len(biases))
-    for name, weight in zip(LAYERS, weights, strict=True):
-        require_tensor(_OP, f"weights[{name}]", weight, 4)
+    _require_pixels(_OP, "input", input)
+    require(
+        len(weights) == len(LAYERS), _OP, "weights", f"{len(LAYERS)} tensors {LAYERS}", len(weights)
+    )
+    require(
+        len(biases) == len(LAYERS), _OP, "biases", f"{len(LAYERS)} tensors or None", len(biases)
+    )
+    for name, weight, bias in zip(LAYERS, weights, biases, strict=True):
         inputs = 2 * input.shape[1] if name.startswith("pool") else input.shape[1]
         kernel = 3 if name in ("pool_2", "conv_2", "mask") else 1
         shape = (input.shape[1], inputs, kernel, kernel)
-        require_shape(_OP, f"weights[{name}]", weight, shape, "(C_out, C_in, k, k)")
+        tensors = {f"weights[{name}]": weight, f"biases[{name}]": bias}
+        _require_convolution(_OP, input, tensors, shape, "(C_out, C_in, k, k)")
     w = dict(zip(LAYERS, weights, strict=True))
     b = dict(zip(LAYERS, biases, strict=True))
 
@@ -161,7 +200,9 @@ def pyramid_spatial_attention(
     def conv_lrelu(name: str, x: Tensor) -> Tensor:
         return F.leaky_relu(conv(name, x), negative_slope)
 
-    feature_1 = pool_concat_conv(conv_lrelu("reduce", input), w["pool_1"], b["pool_1"], negative_slope)
+    feature_1 = pool_concat_conv(
+        conv_lrelu("reduce", input), w["pool_1"], b["pool_1"], negative_slope
+    )
     level_2 = conv_lrelu("level_2", feature_1)
     level_2 = pool_concat_conv(level_2, w["pool_2"], b["pool_2"], negative_slope)
     level_2 = conv_lrelu("conv_2", level_2)
@@ -169,9 +210,7 @@ def pyramid_spatial_attention(
     size = (input.shape[-2], input.shape[-1])
     merged = F.interpolate(merged, size=size, mode="bilinear", align_corners=False)
     mask = conv("mask", merged)
-    return spatial_gate(
-        input, mask, w["feature"], b["feature"], scale, negative_slope, mask_from
-    )
+    return spatial_gate(input, mask, w["feature"], b["feature"], scale, negative_slope, mask_from)
 
 
 class PyramidSpatialAttention(nn.Module):
@@ -179,7 +218,9 @@ class PyramidSpatialAttention(nn.Module):
 
     def __init__(self, channels: int, scale: float = 2.0, mask_from: str = "m") -> None:
         super().__init__()
-        require(mask_from in ("m", "feature"), _OP, "mask_from", "'m' or 'feature'", repr(mask_from))
+        require(
+            mask_from in ("m", "feature"), _OP, "mask_from", "'m' or 'feature'", repr(mask_from)
+        )
         self.scale = scale
         self.mask_from = mask_from
         self.reduce = nn.Conv2d(channels, channels, 1)

@@ -42,7 +42,8 @@ def _corner(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     safe_y = torch.where(inside, y, torch.zeros_like(y))
     safe_x = torch.where(inside, x, torch.zeros_like(x))
-    return gather_pixels(image, safe_y, safe_x) * inside.unsqueeze(1).to(image.dtype)
+    # Selected, not multiplied by 0: the NaN of a NaN coordinate must not reach the gradient of a pixel.
+    return torch.where(inside.unsqueeze(1), gather_pixels(image, safe_y, safe_x), 0.0)
 
 
 def sample_bilinear(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -68,7 +69,10 @@ def _sample_bilinear_once(image: Tensor, y: Tensor, x: Tensor, width_hint: int) 
     """As :func:`sample_bilinear` by ``F.grid_sample``: 2.5x faster on a CPU, once differentiable, and up to
     1e-4 px off at 1080p, since it takes normalised coordinates. ``width_hint`` divides P."""
     height, width = image.shape[-2:]
-    y, x = y.clamp(-1, height), x.clamp(-1, width)  # grid_sample's index of an infinite coordinate is undefined
+    y, x = (
+        y.clamp(-1, height),
+        x.clamp(-1, width),
+    )  # grid_sample's index of an infinite coordinate is undefined
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
     grid = grid.view(image.shape[0], -1, width_hint, 2)
     return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=False).flatten(2)
@@ -157,7 +161,9 @@ def flow_warp(
         nan = ((px + py) * 0).detach()
         nan = torch.where(torch.isnan(px) | torch.isnan(py), nan, torch.zeros_like(nan))
         out = _corner(image, py.detach().round(), px.detach().round()) + nan.unsqueeze(1)
-        out = out + (offset.sum() * 0).nan_to_num(0, 0, 0)  # keeps flow in the graph: its gradient is zero
+        out = out + (offset.sum() * 0).nan_to_num(
+            0, 0, 0
+        )  # keeps flow in the graph: its gradient is zero
     elif interpolation == "bicubic":
         out = _sample_bicubic(image, py, px, padding_mode)
     else:
@@ -191,10 +197,12 @@ def modulated_deform_conv2d(
     offset_groups = offset.shape[1] // (2 * taps)
     groups = in_channels // group_channels
     if batch == 0 or out_h * out_w == 0:
-        return input.new_zeros(batch, out_channels, out_h, out_w) + weight.sum() * 0
+        arguments = [t for t in (input, offset, mask, weight, bias) if t is not None]
+        unused = torch.stack([t.to(input.dtype).sum() for t in arguments]).sum() * 0
+        return input.new_zeros(batch, out_channels, out_h, out_w) + unused  # keeps all in the graph
 
     compute = coordinate_dtype(input.dtype)
-    dy, dx = offset.to(compute).view(batch, offset_groups, taps, 2, out_h, out_w).unbind(3)
+    dy, dx = offset.to(compute).reshape(batch, offset_groups, taps, 2, out_h, out_w).unbind(3)
     arange = lambda n: torch.arange(n, device=input.device, dtype=compute)  # noqa: E731
     tap_y = (arange(kernel_h) * dilation[0]).repeat_interleave(kernel_w).view(1, 1, -1, 1, 1)
     tap_x = (arange(kernel_w) * dilation[1]).repeat(kernel_h).view(1, 1, -1, 1, 1)
@@ -210,7 +218,7 @@ def modulated_deform_conv2d(
         columns = _sample_bilinear_once(image, y, x, out_w)
     columns = columns.view(batch, offset_groups, -1, taps, out_h * out_w)
     if mask is not None:
-        columns = columns * mask.to(compute).view(batch, offset_groups, 1, taps, out_h * out_w)
+        columns = columns * mask.to(compute).reshape(batch, offset_groups, 1, taps, out_h * out_w)
     columns = columns.reshape(batch, groups, group_channels * taps, out_h * out_w).to(input.dtype)
     kernel = weight.reshape(1, groups, out_channels // groups, group_channels * taps)
     out = torch.matmul(kernel, columns).view(batch, out_channels, out_h, out_w)
@@ -275,10 +283,10 @@ def spatial_gate(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    if scale != 1.0:
-        query = query * scale
-    # Half scores stay half in memory; softmax reads them into fp32 and rounds once, at the end.
-    probabilities = torch.softmax(torch.matmul(query, key.transpose(-1, -2)), -1)
+    # Scores of half features overflow in fp16 and lose the softmax in bf16, so they are fp32.
+    compute = coordinate_dtype(query.dtype)
+    scores = torch.matmul(query.to(compute) * scale, key.to(compute).transpose(-1, -2))
+    probabilities = torch.softmax(scores, -1)
     return torch.matmul(probabilities.to(value.dtype), value)
 
 
@@ -322,7 +330,7 @@ def windowed_self_attention(
     Windows start at pixel (0, 0); those cut by the right or bottom edge are smaller. Each kind of
     rectangle (inside, right, bottom, corner) is one batch, so nothing is padded or masked.
     """
-    batch, heads, _, _ = query.shape
+    batch, heads, _, out_depth = value.shape
     height, width = image_size
     images = [t.reshape(batch, heads, height, width, t.shape[-1]) for t in (query, key, value)]
     out_rows = []
@@ -333,12 +341,14 @@ def windowed_self_attention(
 
             def to_windows(t: Tensor, box=(y0, y1, x0, x1), n=(ny, nx), w=(wh, ww)) -> Tensor:
                 t = t[:, :, box[0] : box[1], box[2] : box[3]]
-                t = t.reshape(batch, heads, n[0], w[0], n[1], w[1], -1).permute(0, 2, 4, 1, 3, 5, 6)
-                return t.reshape(batch * n[0] * n[1], heads, w[0] * w[1], -1)
+                depth = t.shape[-1]
+                t = t.reshape(batch, heads, n[0], w[0], n[1], w[1], depth)
+                t = t.permute(0, 2, 4, 1, 3, 5, 6)
+                return t.reshape(batch * n[0] * n[1], heads, w[0] * w[1], depth)
 
             q, k, v = (to_windows(t) for t in images)
             out = self_attention(q, k, v, scale)
-            out = out.view(batch, ny, nx, heads, wh, ww, -1).permute(0, 3, 1, 4, 2, 5, 6)
-            out_columns.append(out.reshape(batch, heads, y1 - y0, x1 - x0, -1))
+            out = out.view(batch, ny, nx, heads, wh, ww, out_depth).permute(0, 3, 1, 4, 2, 5, 6)
+            out_columns.append(out.reshape(batch, heads, y1 - y0, x1 - x0, out_depth))
         out_rows.append(torch.cat(out_columns, 3))
-    return torch.cat(out_rows, 2).reshape(batch, heads, height * width, -1)
+    return torch.cat(out_rows, 2).reshape(batch, heads, height * width, out_depth)

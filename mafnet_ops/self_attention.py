@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
-from ._checks import pair, require, require_same_device, require_same_dtype, require_tensor
+from ._checks import (
+    autocast_dtype,
+    pair,
+    require,
+    require_same_device,
+    require_same_dtype,
+    require_tensor,
+)
 
 _OP = "self_attention"
 
@@ -37,6 +45,8 @@ def self_attention(
     Returns:
         (N, heads, L, D_v) in the dtype of value. Scores and softmax are computed in fp32 (fp64 for double).
 
+    Under autocast query, key and value run in autocast's dtype, scores and softmax stay fp32.
+
     Memory is O(L): at most ``reference.MAX_SCORES`` scores exist at a time, in the backward too.
 
     Raises:
@@ -47,8 +57,14 @@ def self_attention(
     for name, tensor in tensors.items():
         require_tensor(_OP, name, tensor, 4)
     require_same_device(_OP, "query", tensors)
-    require_same_dtype(_OP, "query", tensors)
-    require(key.shape == query.shape, _OP, "key", f"{tuple(query.shape)} as query", tuple(key.shape))
+    low = autocast_dtype(query.device) if query.dtype != torch.float64 else None
+    if low is None:
+        require_same_dtype(_OP, "query", tensors)
+    else:
+        query, key, value = query.to(low), key.to(low), value.to(low)
+    require(
+        key.shape == query.shape, _OP, "key", f"{tuple(query.shape)} as query", tuple(key.shape)
+    )
     require(
         value.shape[:3] == query.shape[:3],
         _OP,
@@ -57,15 +73,19 @@ def self_attention(
         tuple(value.shape[:3]),
     )
     require(query.shape[3] > 0, _OP, "query", "D_qk of at least 1", query.shape[3])
+    # Autocast would take the scores back to its dtype.
+    precise = nullcontext() if low is None else torch.autocast(query.device.type, enabled=False)
     if window is None:
-        return reference.self_attention(query, key, value, scale)
+        with precise:
+            return reference.self_attention(query, key, value, scale)
     require(window >= 1, _OP, "window", "None or an int >= 1", window)
     require(image_size is not None, _OP, "image_size", "(H, W) with window", None)
     assert image_size is not None
-    size = pair(_OP, "image_size", image_size, 0)
+    size = pair(_OP, "image_size", image_size, 1)
     length = query.shape[2]
     require(size[0] * size[1] == length, _OP, "image_size", f"H * W = L = {length}", size)
-    return reference.windowed_self_attention(query, key, value, scale, window, size)
+    with precise:
+        return reference.windowed_self_attention(query, key, value, scale, window, size)
 
 
 class SelfAttention(nn.Module):

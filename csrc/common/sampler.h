@@ -49,13 +49,16 @@ MAFNET_HOST_DEVICE A reflect(A x, int size, A& sign) {
     sign = 0;
     return x - x;
   }
-  A folded = std::fmod(std::fabs(x), 2 * last);
+  // Exact while |x| < 2^24; beyond, rounding picks some place in the image. fmod would be exact and slow.
+  const A period = 2 * last, distance = std::fabs(x);
+  A folded = distance - std::floor(distance / period) * period;
+  folded = folded < 0 ? folded + period : folded;
   sign = x < 0 ? A(-1) : A(1);
   if (folded > last) {
-    folded = 2 * last - folded;
+    folded = period - folded;
     sign = -sign;
   }
-  return folded;
+  return clamp_keeping_nan(folded, A(0), last);
 }
 
 MAFNET_HOST_DEVICE int pad_index(int index, int size, Padding padding) {

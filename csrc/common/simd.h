@@ -1,12 +1,14 @@
 // Runs a loop nest with the widest vector instructions of the CPU it finds itself on.
 //
 // One binary must run on any x86-64, yet the hot loops want AVX2 or AVX-512. with_simd(body) inlines
-// body into one function per level and calls the best one. Everything hot that body calls must be
+// body into one function per level and calls the best one; T is the element type, and double, which
+// serves accuracy and not speed, has the baseline alone. Everything hot that body calls must be
 // MAFNET_INLINE too, or it stays at the baseline. MAFNET_SIMD=baseline|avx2|avx512 lowers the level.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #define MAFNET_INLINE inline __attribute__((always_inline))
 #define MAFNET_INLINE_LAMBDA __attribute__((always_inline))
@@ -44,8 +46,9 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2
   body();
 }
 
-template <typename Body>
+template <typename T = float, typename Body>
 void with_simd(const Body& body) {
+  if constexpr (std::is_same_v<T, double>) return body();
   static const SimdLevel level = detect_simd_level();
   if (level == SimdLevel::kAvx512) {
     run_avx512(body);
@@ -58,7 +61,7 @@ void with_simd(const Body& body) {
 
 #else
 
-template <typename Body>
+template <typename T = float, typename Body>
 void with_simd(const Body& body) {
   body();
 }

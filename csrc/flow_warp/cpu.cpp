@@ -3,7 +3,7 @@
 // Pixels are planned in blocks of one row (positions, taps and weights), once for all channels. channels_last
 // then vectorises over C. Planes are read by scalar loads, and one channel follows another only after a
 // strip of about 2000 pixels: shorter strips thrash the TLB (22 ms for 64 x 180 x 320 at 64 pixels, 6 at
-// 2048), and gather instructions were slower than scalar loads. A tap of weight zero does not
+// 2048), and gather instructions were no faster than scalar loads. A tap of weight zero does not
 // contribute, so that an infinite neighbour cannot spoil an exact sample.
 //
 // Forward and grad_flow: one task per output row or strip. grad_input: one task per band of its rows, which
@@ -70,7 +70,7 @@ MAFNET_INLINE void plan_axis_padded(const A* __restrict__ position, int count, i
 template <Interpolation I, typename A>
 void plan_axis(const A* position, int count, int size, Padding padding,
                AxisBlock<A, kTapsPerAxis<I>>& block) {
-  with_simd([&]() MAFNET_INLINE_LAMBDA {
+  with_simd<A>([&]() MAFNET_INLINE_LAMBDA {
     switch (padding) {  // outside the loop: each of the three loops is straight-line code
       case Padding::kBorder:
         return plan_axis_padded<I, A, Padding::kBorder>(position, count, size, block);
@@ -287,7 +287,7 @@ void forward_rows(const FlowWarpParams& p, int64_t begin, int64_t end, const T* 
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
       plan_block<T, I>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, kBlock, plan);
       if (p.mask != nullptr) write_mask<T>(p, plan);
-      with_simd([&]() MAFNET_INLINE_LAMBDA { forward_channels_last<T>(p, plan, zeros); });
+      with_simd<T>([&]() MAFNET_INLINE_LAMBDA { forward_channels_last<T>(p, plan, zeros); });
     }
   }
 }
@@ -397,7 +397,7 @@ void grad_flow_rows(const FlowWarpParams& p, int64_t begin, int64_t end, const T
   for (int64_t r = begin; r < end; ++r) {
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
       plan_block<T, I>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, kBlock, plan);
-      with_simd([&]() MAFNET_INLINE_LAMBDA { grad_flow_channels_last<T>(p, plan, zeros); });
+      with_simd<T>([&]() MAFNET_INLINE_LAMBDA { grad_flow_channels_last<T>(p, plan, zeros); });
     }
   }
 }
@@ -544,7 +544,7 @@ void scatter_into_band(const FlowWarpParams& p, const RowRange* ranges,
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
       plan_block<T, I>(p, band.n, y, x0, kBlock, plan);
       if (p.channels_last) {
-        with_simd([&]() MAFNET_INLINE_LAMBDA { scatter_channels_last<T>(p, plan, band); });
+        with_simd<T>([&]() MAFNET_INLINE_LAMBDA { scatter_channels_last<T>(p, plan, band); });
       } else {
         contributions.append(p, plan, band);
         if (contributions.offset.size() >= K * K * kStrip) contributions.template flush<T>(p, band);
@@ -582,7 +582,7 @@ void grad_input_band(const FlowWarpParams& p, const RowRange* ranges, int64_t ta
   }
   scatter_into_band<T, I>(p, ranges, band);
   if constexpr (!std::is_same_v<T, A>) {
-    with_simd([&]() MAFNET_INLINE_LAMBDA {
+    with_simd<T>([&]() MAFNET_INLINE_LAMBDA {
       for (int64_t r = 0; r < runs; ++r) {
         for (int64_t e = 0; e < length; ++e) {
           target[r * target_stride + e] = static_cast<T>(buffer[r * length + e]);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,16 @@ from mafnet.data.degrade import bicubic_upscale
 from mafnet.metrics import psnr_y, ssim_y
 from mafnet.video import EncodeSettings, UpscaleOptions, VideoError, upscale
 from mafnet.video.read import VideoReader
+from mafnet.video.run import pick_device
 from mafnet.video.stream import Frame
 from mafnet.video.tile import SuperResolver
+from mafnet_ops._library import backend, op_names
 
 Picture = npt.NDArray[np.uint8]
 
-SHOWN_FRAME = 18  # of the comparison: the rabbit half risen, its fur against the grass
-DETAIL = (slice(150, 270), slice(330, 490))  # rows and columns of the truth that are enlarged
+CLIPS = Path(__file__).parent
+SHOWN_FRAME = 18  # of the comparison: the rabbit half risen before the grass
+DETAIL = (slice(210, 330), slice(400, 560))  # rows and columns of the truth that are enlarged
 DETAIL_ZOOM = 3
 PANEL = (480, 270)
 LABEL_HEIGHT = 28
@@ -80,7 +82,6 @@ def run_demo(
         output.mkdir(exist_ok=True)
     except OSError as error:
         raise VideoError(f"{output}: cannot be made a folder: {error.strerror}") from error
-    clips = Path(str(resources.files("mafnet"))) / "demo"
     options = UpscaleOptions(
         model=model,
         device=device,
@@ -89,16 +90,25 @@ def run_demo(
         encode=EncodeSettings(pixel_format="yuv420p"),  # plays everywhere
     )
     video, picture = output / "demo.mp4", output / "comparison.png"
-    with VideoReader(clips / "truth.mp4") as truth:
+    with VideoReader(CLIPS / "truth.mp4") as truth:
         comparison = Comparison(iter(truth))
-        report = upscale(clips / "input.mp4", video, options, net, comparison)
+        report = upscale(CLIPS / "input.mp4", video, options, net, comparison)
     draw_comparison(comparison.shown).save(picture)
     frames = report.frames
-    print(f"{frames} frames, 320x180 -> {report.size[0]}x{report.size[1]}; PSNR and SSIM on Y:")
+    print(f"{frames} frames, x4 to {report.size[0]}x{report.size[1]}; PSNR and SSIM on Y:")
     print(comparison.bicubic.line("bicubic"))
     print(comparison.ours.line("MAFnet"))
     print(f"  {(report.seconds - comparison.seconds) / frames:.2f} s a frame, encoding included")
+    for name, chosen in backends(device).items():
+        print(f"  {name}: {chosen}")
     print(f"wrote {video} (with the clip's sound) and {picture}")
+
+
+def backends(device: str) -> dict[str, str]:
+    """What ran each operator, and why."""
+    kind = pick_device(device).type
+    chosen = {name: backend(name, kind) for name in op_names()}
+    return {name: f"{ran.name} ({ran.reason})" for name, ran in chosen.items()}
 
 
 def to_picture(rgb: Tensor) -> Picture:

@@ -14,9 +14,10 @@ from torch import Tensor
 from .errors import VideoError
 from .tile import MIN_HALO, SuperResolver, alignment, round_up, upscale_window
 
-# LR pixels (frames x height x width) computed at once when chunk or tile are chosen automatically.
-WINDOW_PIXELS = 2_000_000
-MAX_CHUNK = 24
+# LR pixels (frames x height x width) computed at once when chunk or tile are chosen automatically:
+# `lite` takes 5 kB for each in fp32 on a CPU (measured), so about 5 GB.
+WINDOW_PIXELS = 1_000_000
+MIN_CHUNK, MAX_CHUNK = 6, 24
 OUTPUT_PIXELS = 16_000_000  # LR pixels of kept frames: 192 bytes each as x4 float RGB, 3 GB in all
 TILED_CHUNK = 12  # with tiles, the cheapest split between repeated frames and repeated halo
 DEFAULT_HALO = 32
@@ -66,10 +67,11 @@ def plan_window(
         raise VideoError(f"--tile-overlap: expected at least {MIN_HALO} pixels, got {halo}")
     halo = round_up(halo, align)
     if tile is None:
+        least = (chunk or MIN_CHUNK) + 2 * overlap
+        whole_fits = least * height * width <= WINDOW_PIXELS
         frames = (chunk or TILED_CHUNK) + 2 * overlap
-        whole_fits = frames * height * width <= WINDOW_PIXELS
-        tile = 0 if whole_fits else isqrt(WINDOW_PIXELS // frames) // align * align - 2 * halo
-        tile = tile if whole_fits else max(tile, align)
+        side = isqrt(WINDOW_PIXELS // frames) // align * align
+        tile = 0 if whole_fits else max(side - 2 * halo, align)
     tile = round_up(tile, align)
     if chunk is None:
         area = (

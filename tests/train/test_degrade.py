@@ -163,14 +163,12 @@ def test_interior_of_a_crop_equals_the_whole_frame(
 
 
 def test_interior_is_exact_at_rounding_ties() -> None:
-    """Pictures of few levels hit many ties; float32 in the second pass would miss some."""
-    rng = np.random.default_rng(3)
-    frames = rng.integers(0, 2, size=(40, 64, 64, 3), dtype=np.uint8) * rng.choice(
-        np.array([1, 2, 4, 8, 64, 255], dtype=np.uint8), size=(40, 1, 1, 1)
-    )
-    lr = interior_bi(torch.from_numpy(frames).permute(0, 3, 1, 2).float())
-    expected = np.stack([bi_downscale(frame)[2:-2, 2:-2] for frame in frames])
-    np.testing.assert_array_equal(lr.permute(0, 2, 3, 1).numpy(), expected)
+    """Pictures that hold pixels so near a tie that float32 in the second pass misses them."""
+    for seed in (3, 8, 15, 17, 28, 30, 37):
+        frames = np.random.default_rng(seed).integers(0, 256, size=(48, 64, 64, 3), dtype=np.uint8)
+        lr = interior_bi(torch.from_numpy(frames).permute(0, 3, 1, 2).float())
+        expected = np.stack([bi_downscale(frame)[2:-2, 2:-2] for frame in frames])
+        np.testing.assert_array_equal(lr.permute(0, 2, 3, 1).numpy(), expected)
 
 
 def loop_bd(image: np.ndarray, size: int, mode: str) -> np.ndarray:

@@ -90,6 +90,7 @@ def make_video(
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     colour: tuple[int, int] = (1, 1),
+    last_duration: int | None = None,
 ) -> Clip:
     """Encode `count` frames of (height, width) `size`, losslessly unless `options` says otherwise.
 
@@ -111,14 +112,18 @@ def make_video(
         for frame, stamp in zip(frames, pts):
             picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(
                 format=pixel_format,
-                dst_colorspace={1: "ITU709", 6: "ITU601", 9: "BT2020"}[colour[0]],
+                dst_colorspace={1: 1, 6: 5, 9: 9}[colour[0]],  # H.273 to swscale
                 src_color_range="JPEG",
                 dst_color_range="MPEG" if colour[1] == 1 else "JPEG",
                 interpolation=0x42000 | 4,  # accurate rounding, full chroma, bicubic
             )
             picture.pts, picture.time_base = stamp, TICK
             container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+        rest = stream.encode(None)
+        for packet in rest:
+            if last_duration and packet.pts == pts[-1]:
+                packet.duration = last_duration
+        container.mux(rest)
         if sound is not None:
             _add_tone(container, sound, count / 25)
     return Clip(frames, pts)

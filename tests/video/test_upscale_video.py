@@ -71,6 +71,15 @@ def test_source_has_b_frames(tmp_path: Path) -> None:
     assert stamps != sorted(stamps)
 
 
+def test_the_last_frame_stays_as_long(tmp_path: Path) -> None:
+    """Its duration cannot be read off the next time stamp."""
+    make_video(tmp_path / "in.mp4", pts=VFR, last_duration=9000)
+    run(tmp_path / "in.mp4", tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.duration * stream.time_base == (VFR[-1] + 9000) * TICK
+
+
 @pytest.mark.parametrize(
     ("source", "target", "codec"),
     [("in.mp4", "out.mp4", "aac"), ("in.mkv", "out.mp4", "ac3"), ("in.ts", "out.mkv", "mp2")],

@@ -1,0 +1,57 @@
+# Every target makes the environment that it needs under build/.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := build/venv
+BIN := $(VENV)/bin
+PYTHON_FILES := setup.py mafnet_ops mafnet tests $(wildcard benchmarks)
+NATIVE_FILES := $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_FILES))
+
+.PHONY: test lint format build kernels demo clean
+.DELETE_ON_ERROR:
+
+test: build lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/installed
+
+# All CUDA files for all architectures, whatever torch is installed.
+kernels: $(VENV)/tools
+	MAFNET_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/kernels
+
+demo: build/venv-demo/installed
+	build/venv-demo/bin/mafnet demo
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+$(VENV)/tools: $(VENV)/torch pyproject.toml
+	MAFNET_CUDA=0 $(BIN)/pip install -q --no-build-isolation -e ".[test,lint]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/tools $(NATIVE_FILES) setup.py
+	MAFNET_REQUIRE_EXT=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build/venv-demo/installed: $(NATIVE_FILES) setup.py pyproject.toml $(shell find mafnet mafnet_ops -name '*.py' 2>/dev/null)
+	test -d build/venv-demo || $(PYTHON) -m venv build/venv-demo
+	build/venv-demo/bin/pip install -q "$(TORCH)"
+	build/venv-demo/bin/pip install -q .
+	touch $@
+
+clean:
+	rm -rf build *.egg-info mafnet_ops/*.so mafnet_ops/_build.json

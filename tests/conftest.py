@@ -1,0 +1,43 @@
+"""Seeds for every test, and GPU tests that are skipped out loud."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+_GPU_SKIPPED = pytest.StashKey[int]()
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[_GPU_SKIPPED] = 0
+    if torch.cuda.is_available():
+        return
+    config.stash[_GPU_SKIPPED] = len(gpu_items)
+    for item in gpu_items:
+        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str:
+    return _gpu_line(config)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    terminalreporter.write_line(_gpu_line(config))
+
+
+def _gpu_line(config: pytest.Config) -> str:
+    skipped = config.stash.get(_GPU_SKIPPED, 0)
+    return f"GPU tests skipped: {skipped}" + (" (no CUDA device)" if skipped else "")
