@@ -208,7 +208,9 @@ class BuildExt(build_ext):
         if os.environ.get("MAFNET_CUDA") == "1" and find_cuda() is None:
             raise SystemExit("mafnet: MAFNET_CUDA=1, but no nvcc was found (set CUDA_HOME)")
         if self.extensions and find_torch_include() is None:
-            raise SystemExit("mafnet: no torch headers beside this Python: pip install 'torch>=2.11'")
+            raise SystemExit(
+                "mafnet: no torch headers beside this Python: pip install 'torch>=2.11'"
+            )
         super().run()
 
     def build_extensions(self) -> None:
@@ -219,7 +221,9 @@ class BuildExt(build_ext):
             fcntl.flock(lock, fcntl.LOCK_EX)  # two installs of one tree share the directory
             ninja = NinjaFile(directory)
             stub = self._add_stub(ninja, directory)
-            built = {ext.name: self._add_library(ninja, directory, ext, stub) for ext in self.extensions}
+            built = {
+                ext.name: self._add_library(ninja, directory, ext, stub) for ext in self.extensions
+            }
             ninja.run()
         for name, library in built.items():
             target = Path(self.get_ext_fullpath(name))
@@ -227,7 +231,9 @@ class BuildExt(build_ext):
             self.copy_file(str(library), str(target))
 
     def _build_directory(self) -> Path:
-        key = json.dumps([str(find_torch_include()), self._compiler(), sysconfig.get_paths()["include"]])
+        key = json.dumps(
+            [str(find_torch_include()), self._compiler(), sysconfig.get_paths()["include"]]
+        )
         return ROOT / "build" / f"ext-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
     def _compiler(self) -> list[str]:
@@ -243,9 +249,7 @@ class BuildExt(build_ext):
         ninja.add("link", [*self._compiler(), *flags, str(source)], [source], stub)
         return stub
 
-    def _add_library(
-        self, ninja: NinjaFile, directory: Path, ext: Extension, stub: Path
-    ) -> Path:
+    def _add_library(self, ninja: NinjaFile, directory: Path, ext: Extension, stub: Path) -> Path:
         name = ext.name.rpartition(".")[2]
         objects = []
         for source in ext.sources:
@@ -325,7 +329,10 @@ build_editable = build_meta.build_editable
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     """PEP 517 hook."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *missing_build_requirements()]
+    return [
+        *build_meta.get_requires_for_build_wheel(config_settings),
+        *missing_build_requirements(),
+    ]
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:

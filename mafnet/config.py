@@ -195,6 +195,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_convert(v, options[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        hint = dict  # its values are checked by whoever reads them
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

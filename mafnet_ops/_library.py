@@ -55,7 +55,9 @@ def _load(name: str) -> str | None:
         importlib.import_module(f"mafnet_ops.{name}")
     except ModuleNotFoundError:
         key = "extension_missing_because" if name == "_C" else "cuda_missing_because"
-        return f"mafnet_ops/{name}.abi3.so is not built: " + (build_report().get(key) or "no build ran")
+        return f"mafnet_ops/{name}.abi3.so is not built: " + (
+            build_report().get(key) or "no build ran"
+        )
     except ImportError as error:
         return f"mafnet_ops/{name}.abi3.so does not load: {error}"
     return None

@@ -58,7 +58,11 @@ class Report:
 def doctor() -> Report:
     """Collect what decides the backends; ``print`` the result for people. Starts no CUDA context."""
     devices = ("cpu", "cuda")
-    ops = [(op, device, _library.backend(op, device)) for op in _library.op_names() for device in devices]
+    ops = [
+        (op, device, _library.backend(op, device))
+        for op in _library.op_names()
+        for device in devices
+    ]
     return Report(
         facts=_facts(),
         ops=tuple(OpReport(op, device, b.name, b.reason) for op, device, b in ops),
@@ -109,11 +113,15 @@ def _last_line(program: str) -> str:
 def _advice() -> list[str]:
     """One line per thing that can be mended, in the order to mend them."""
     if _library.disabled():
-        return ["MAFNET_DISABLE_EXT=1 forces the PyTorch code. To use the kernels: unset MAFNET_DISABLE_EXT"]
+        return [
+            "MAFNET_DISABLE_EXT=1 forces the PyTorch code. To use the kernels: unset MAFNET_DISABLE_EXT"
+        ]
     advice = []
     if _library.LOAD_ERRORS["cpu"] is not None:
         if _first_line("g++", "c++", "clang++") == "none":
-            advice.append("There is no C++ compiler. On Debian or Ubuntu: apt install g++ python3-dev")
+            advice.append(
+                "There is no C++ compiler. On Debian or Ubuntu: apt install g++ python3-dev"
+            )
         advice.append(
             f"Build the kernels, in a checkout of the project: {_library.INSTALL_COMMAND}"
         )

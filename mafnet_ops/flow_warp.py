@@ -131,9 +131,7 @@ def _empty_like_input(input: Tensor, shape: tuple[int, ...]) -> Tensor:
     """As has_channels_last() in csrc/common/checks.h."""
     channels_last = input.shape[1] > 1 and input.stride(1) == 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=memory_format
-    )
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("mafnet_ops::flow_warp_forward", lib=_library.LIBRARY)
@@ -163,9 +161,7 @@ def _(
 
 
 @register_flop_formula(torch.ops.mafnet_ops.flow_warp_forward)
-def _flops(
-    input_shape: Any, flow_shape: Any, interpolation: int, *args: Any, **kwargs: Any
-) -> int:
+def _flops(input_shape: Any, flow_shape: Any, interpolation: int, *args: Any, **kwargs: Any) -> int:
     """Two operations per tap and output element; the positions are not counted."""
     taps = {0: 4, 1: 1, 2: 16}[interpolation]
     return 2 * taps * input_shape[0] * input_shape[1] * flow_shape[1] * flow_shape[2]
@@ -210,15 +206,19 @@ class _FlowWarp(torch.autograd.Function):
         grad_input, grad_flow = backward(
             grads[0], input, flow, ctx.interpolation, ctx.padding_mode, need_input, need_flow
         )
-        return grad_input if need_input else None, grad_flow if need_flow else None, None, None, None
+        return (
+            grad_input if need_input else None,
+            grad_flow if need_flow else None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], input: Tensor, flow: Tensor, *options: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        tensors = [
-            _fold(t, d, info.batch_size) for t, d in zip((input, flow), in_dims[:2])
-        ]
+        tensors = [_fold(t, d, info.batch_size) for t, d in zip((input, flow), in_dims[:2])]
         output, mask = _FlowWarpWithJvp.apply(*tensors, *options)
         batch = info.batch_size
         if mask.shape[0] == 0:
@@ -269,14 +269,15 @@ class _FlowWarpBackward(torch.autograd.Function):
         return (*vjp(wanted), None, None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         primals = ctx.saved_for_forward
         filled = tuple(
             torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents[:3])
         )
         function = _reference_vjp(ctx.interpolation, ctx.padding_mode, ctx.needs)
         results = iter(_jvp_by_vjp(function, primals, filled))
-        first, second = (next(results) if need else None for need in ctx.needs)
+        unwanted = (p.new_zeros((0, *p.shape[1:])) for p in primals[1:])
+        first, second = (next(results) if need else none for need, none in zip(ctx.needs, unwanted))
         return first, second
 
     @staticmethod
@@ -307,7 +308,11 @@ def _reference_vjp(interpolation: int, padding_mode: int, needs: list[bool]) -> 
 def _jvp_by_vjp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
     """J t as the gradient of u -> J^T u, which is linear: forward mode without nesting forward mode."""
     output, vjp = torch.func.vjp(function, *primals)
-    zeros = torch.zeros_like(output) if isinstance(output, Tensor) else tuple(map(torch.zeros_like, output))
+    zeros = (
+        torch.zeros_like(output)
+        if isinstance(output, Tensor)
+        else tuple(map(torch.zeros_like, output))
+    )
     _, vjp_of_vjp = torch.func.vjp(vjp, zeros)
     return vjp_of_vjp(tangents)[0]
 

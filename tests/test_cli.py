@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +57,21 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("net")
-def test_upscale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_upscale(
+    tmp_path: Path,
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     clip = make_video(tmp_path / "in.mp4", count=4, size=(16, 24))
     assert main(["upscale", str(tmp_path / "in.mp4"), "-o", str(tmp_path / "out.mp4")]) == 0
     frames, _ = read_video(tmp_path / "out.mp4")
     assert len(frames) == len(clip.frames) and frames[0].shape == (64, 96, 3)
     captured = capsys.readouterr()
     assert "4 frames of 96x64" in captured.out
-    assert "in.mp4" in captured.err  # the progress bar
+    assert ("in.mp4: " in captured.err) == terminal  # the progress bar
 
 
 def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ class DeviceScope {
 };
 
 inline void check_launch(const char* op, int status) {
-  STD_TORCH_CHECK(status == 0, op, ": CUDA launch failed: ",
-                  cudaGetErrorString(static_cast<cudaError_t>(status)));
+  STD_TORCH_CHECK(status == 0, op,
+                  ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 
 }  // namespace mafnet

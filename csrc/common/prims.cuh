@@ -1,5 +1,6 @@
-// The one header with CUDA-only syntax. Kernel files use what is here and plain C++, so that the same
-// sources also compile for a CPU emulator, for which each primitive has its twin in the second half.
+// The one header with CUDA-only syntax. Kernel files use what is here and plain C++, so that the
+// same sources also compile for a CPU emulator, for which each primitive has its twin in the second
+// half.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@ namespace mafnet {
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      Parameters(arguments)...);
   return cudaGetLastError();
 }
 
@@ -43,11 +45,11 @@ DEVICE void atomic_add4(float* address, float a, float b, float c, float d) {
 #include "cuda_on_cpu.h"
 
 #define DEVICE inline
-#define SHARED(type, name, ...)             \
-  static const char name##_key = 0;         \
-  using name##_array = type __VA_ARGS__;    \
-  name##_array& name = *static_cast<name##_array*>( \
-      ::cuemu::shared_array(&name##_key, sizeof(name##_array), #name))
+#define SHARED(type, name, ...)          \
+  static const char name##_key = 0;      \
+  using name##_array = type __VA_ARGS__; \
+  name##_array& name =                   \
+      *static_cast<name##_array*>(::cuemu::shared_array(&name##_key, sizeof(name##_array), #name))
 
 namespace mafnet {
 

@@ -1,7 +1,8 @@
 // THE sampler: where a coordinate falls on one axis, which pixels it reads and with what weights.
 //
-// Sampling is separable: value(y, x) = sum_j sum_k wy[j] wx[k] image[iy[j]][ix[k]], and its derivative by
-// x replaces wx by slope_x. Used by CPU code and by kernels; no torch, no CUDA headers.
+// Sampling is separable: value(y, x) = sum_j sum_k wy[j] wx[k] image[iy[j]][ix[k]], and its
+// derivative by x replaces wx by slope_x. Used by CPU code and by kernels; no torch, no CUDA
+// headers.
 //
 // Pixel centres are at integers. Reflection is about the centres of the first and the last pixel.
 // NaN gives no taps and NaN weights, so that the sum is NaN and nothing is read.
@@ -21,10 +22,12 @@ enum class Interpolation : int { kBilinear = 0, kNearest = 1, kBicubic = 2 };
 enum class Padding : int { kZeros = 0, kBorder = 1, kReflection = 2 };
 
 template <Interpolation I>
-constexpr int kTapsPerAxis = I == Interpolation::kNearest ? 1 : I == Interpolation::kBilinear ? 2 : 4;
+constexpr int kTapsPerAxis = I == Interpolation::kNearest    ? 1
+                             : I == Interpolation::kBilinear ? 2
+                                                             : 4;
 
-constexpr int kOutside = -1;    // index of a tap that reads as zero
-constexpr int kFarMargin = 3;   // this far outside the image every tap of every stencil is padding
+constexpr int kOutside = -1;   // index of a tap that reads as zero
+constexpr int kFarMargin = 3;  // this far outside the image every tap of every stencil is padding
 constexpr float kCubicA = -0.75f;  // Keys' parameter, as F.grid_sample
 
 template <typename A, int K>
@@ -49,7 +52,8 @@ MAFNET_HOST_DEVICE A reflect(A x, int size, A& sign) {
     sign = 0;
     return x - x;
   }
-  // Exact while |x| < 2^24; beyond, rounding picks some place in the image. fmod would be exact and slow.
+  // Exact while |x| < 2^24; beyond, rounding picks some place in the image. fmod would be exact and
+  // slow.
   const A period = 2 * last, distance = std::fabs(x);
   A folded = distance - std::floor(distance / period) * period;
   folded = folded < 0 ? folded + period : folded;

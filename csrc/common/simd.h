@@ -1,9 +1,10 @@
 // Runs a loop nest with the widest vector instructions of the CPU it finds itself on.
 //
-// One binary must run on any x86-64, yet the hot loops want AVX2 or AVX-512. with_simd(body) inlines
-// body into one function per level and calls the best one; T is the element type, and double, which
-// serves accuracy and not speed, has the baseline alone. Everything hot that body calls must be
-// MAFNET_INLINE too, or it stays at the baseline. MAFNET_SIMD=baseline|avx2|avx512 lowers the level.
+// One binary must run on any x86-64, yet the hot loops want AVX2 or AVX-512. with_simd(body)
+// inlines body into one function per level and calls the best one; T is the element type, and
+// double, which serves accuracy and not speed, has the baseline alone. Everything hot that body
+// calls must be MAFNET_INLINE too, or it stays at the baseline. MAFNET_SIMD=baseline|avx2|avx512
+// lowers the level.
 #pragma once
 
 #include <cstdlib>
@@ -41,8 +42,8 @@ __attribute__((target("avx2,fma,f16c,bmi,bmi2"))) void run_avx2(const Body& body
 }
 
 template <typename Body>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))) void run_avx512(
-    const Body& body) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))) void
+run_avx512(const Body& body) {
   body();
 }
 

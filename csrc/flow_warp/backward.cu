@@ -1,11 +1,12 @@
-// flow_warp backward: grad_input(iy[j], ix[k]) += wy[j] wx[k] grad_output, and grad_flow = the slopes of
-// the weights times the dot products over channels of grad_output with the taps.
+// flow_warp backward: grad_input(iy[j], ix[k]) += wy[j] wx[k] grad_output, and grad_flow = the
+// slopes of the weights times the dot products over channels of grad_output with the taps.
 //
-// channels_last: a group of kGroup lanes owns one output pixel; the lanes share its channels, 16 bytes at a
-// time, and sum their dot products by shuffles. Anything else (planes, double, channels that do not fill
-// 16 bytes): one lane owns a pixel and walks its channels, whatever the strides. grad_input is scattered
-// by atomics into float (double) accumulators, so its sums come in no fixed order.
-// Per pixel and channel: grad_output and the taps are read once, and each tap takes one atomic add.
+// channels_last: a group of kGroup lanes owns one output pixel; the lanes share its channels, 16
+// bytes at a time, and sum their dot products by shuffles. Anything else (planes, double, channels
+// that do not fill 16 bytes): one lane owns a pixel and walks its channels, whatever the strides.
+// grad_input is scattered by atomics into float (double) accumulators, so its sums come in no fixed
+// order. Per pixel and channel: grad_output and the taps are read once, and each tap takes one
+// atomic add.
 #include <type_traits>
 
 #include "flow_warp/footprint.cuh"
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) flow_warp_backward_kernel(const Flow
           A dot = 0;
           if (used) {
             const Vector<T, V> values = *reinterpret_cast<const Vector<T, V>*>(
-                image + c * p.input_stride[1] + row * p.input_stride[2] + column * p.input_stride[3]);
+                image + c * p.input_stride[1] + row * p.input_stride[2] +
+                column * p.input_stride[3]);
 #pragma unroll
             for (int v = 0; v < V; ++v) dot += grad[v] * to_accumulator(values.at[v]);
           }

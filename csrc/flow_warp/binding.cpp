@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> flow_warp_forward(const Tensor& input, const Tensor& 
   DeviceScope scope(input);
   const ScalarType dtype = input.scalar_type();
   Tensor output = empty_on(input, {n, input.size(1), out_h, out_w}, dtype, memory_format_of(input));
-  Tensor mask = empty_on(input, {return_mask ? n : 0, 1, out_h, out_w}, dtype,
-                         MemoryFormat::Contiguous);
+  Tensor mask =
+      empty_on(input, {return_mask ? n : 0, 1, out_h, out_w}, dtype, MemoryFormat::Contiguous);
   params.output = output.mutable_data_ptr();
   params.mask = return_mask ? mask.mutable_data_ptr() : nullptr;
   copy_strides(output, params.output_stride);
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> flow_warp_backward(const Tensor& grad_output, const T
   DeviceScope scope(input);
 
   const bool as_wanted = params.channels_last && grad_output.stride(1) == 1;
-  const Tensor grad = as_wanted ? grad_output
-                                : torch::stable::contiguous(grad_output, memory_format_of(input));
+  const Tensor grad =
+      as_wanted ? grad_output : torch::stable::contiguous(grad_output, memory_format_of(input));
   params.grad_output = grad.const_data_ptr();
   copy_strides(grad, params.grad_output_stride);
 
@@ -86,10 +86,9 @@ std::tuple<Tensor, Tensor> flow_warp_backward(const Tensor& grad_output, const T
   std::array<int64_t, 4> flow_shape{flow.size(0), flow.size(1), flow.size(2), 2};
   if (!need_input) input_shape[0] = 0;
   if (!need_flow) flow_shape[0] = 0;
-  Tensor grad_input = empty_on(input, input_shape, wide ? ScalarType::Float : dtype,
-                               memory_format_of(input));
-  Tensor grad_flow =
-      empty_on(input, flow_shape, flow.scalar_type(), MemoryFormat::Contiguous);
+  Tensor grad_input =
+      empty_on(input, input_shape, wide ? ScalarType::Float : dtype, memory_format_of(input));
+  Tensor grad_flow = empty_on(input, flow_shape, flow.scalar_type(), MemoryFormat::Contiguous);
   if (need_input) {
     if (kIsCuda) torch::stable::zero_(grad_input);
     params.grad_input = grad_input.mutable_data_ptr();

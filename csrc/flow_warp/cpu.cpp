@@ -1,14 +1,15 @@
 // flow_warp on the CPU: output(n, c, p) = image(n, c, p + flow(n, p)).
 //
-// Pixels are planned in blocks of one row (positions, taps and weights), once for all channels. channels_last
-// then vectorises over C. Planes are read by scalar loads, and one channel follows another only after a
-// strip of about 2000 pixels: shorter strips thrash the TLB (22 ms for 64 x 180 x 320 at 64 pixels, 6 at
-// 2048), and gather instructions were no faster than scalar loads. A tap of weight zero does not
-// contribute, so that an infinite neighbour cannot spoil an exact sample.
+// Pixels are planned in blocks of one row (positions, taps and weights), once for all channels.
+// channels_last then vectorises over C. Planes are read by scalar loads, and one channel follows
+// another only after a strip of about 2000 pixels: shorter strips thrash the TLB (22 ms for 64 x
+// 180 x 320 at 64 pixels, 6 at 2048), and gather instructions were no faster than scalar loads. A
+// tap of weight zero does not contribute, so that an infinite neighbour cannot spoil an exact
+// sample.
 //
-// Forward and grad_flow: one task per output row or strip. grad_input: one task per band of its rows, which
-// only that task writes; it visits the source rows that reach the band in raster order. No atomics, and
-// the same sums in the same order whatever the number of threads.
+// Forward and grad_flow: one task per output row or strip. grad_input: one task per band of its
+// rows, which only that task writes; it visits the source rows that reach the band in raster order.
+// No atomics, and the same sums in the same order whatever the number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -31,8 +32,8 @@ using torch::headeronly::Half;
 // 64 pixels: a bicubic plan (16 taps) stays within L1, and 64 is a multiple of every vector width.
 constexpr int kBlock = 64;
 constexpr int kStrip = 2048;
-// Rows of grad_input per task: small enough to feed many cores, large enough that a source row, which
-// reaches one or two bands under a smooth flow, is seldom planned twice.
+// Rows of grad_input per task: small enough to feed many cores, large enough that a source row,
+// which reaches one or two bands under a smooth flow, is seldom planned twice.
 constexpr int kBandRows = 8;
 // Channels summed at a time where there are more taps than a loop can hold in registers.
 constexpr int kChannelChunk = 64;
@@ -84,7 +85,7 @@ void plan_axis(const A* position, int count, int size, Padding padding,
 
 template <typename F, typename A>
 void add_flow(const FlowWarpParams& p, int64_t n, int y, int x0, int component, int count,
-                            A* position) {
+              A* position) {
   const F* flow = static_cast<const F*>(p.flow) + n * p.flow_stride[0] + y * p.flow_stride[1] +
                   x0 * p.flow_stride[2] + component * p.flow_stride[3];
   for (int i = 0; i < count; ++i) position[i] += static_cast<A>(flow[i * p.flow_stride[2]]);
@@ -92,8 +93,8 @@ void add_flow(const FlowWarpParams& p, int64_t n, int y, int x0, int component, 
 
 // Positions in one axis: the pixel's own place plus component 0 (x) or 1 (y) of the flow.
 template <typename T, typename A>
-void read_positions(const FlowWarpParams& p, int64_t n, int y, int x0, int component,
-                                  int count, A* position) {
+void read_positions(const FlowWarpParams& p, int64_t n, int y, int x0, int component, int count,
+                    A* position) {
   for (int i = 0; i < count; ++i) position[i] = static_cast<A>(component == 0 ? x0 + i : y);
   if (p.flow_dtype == p.dtype) {
     add_flow<T, A>(p, n, y, x0, component, count, position);
@@ -117,8 +118,9 @@ void plan_block(const FlowWarpParams& p, int64_t n, int y, int x0, int limit,
 
 // Where the taps of one pixel lie in a channels_last image; taps that read as zero point at zeros.
 template <bool kSkipZeroWeight, typename T, typename A, int K>
-MAFNET_INLINE void find_taps(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int i, const T* image,
-                             const T* zeros, const T* (&source)[K * K], A (&weight)[K * K]) {
+MAFNET_INLINE void find_taps(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int i,
+                             const T* image, const T* zeros, const T* (&source)[K * K],
+                             A (&weight)[K * K]) {
   for (int j = 0; j < K; ++j) {
     const int row = plan.y_axis.index[j][i];
     for (int k = 0; k < K; ++k) {
@@ -142,8 +144,8 @@ struct TapGroup {
 template <int K>
 constexpr int kGroups = (K * K + 3) / 4;
 
-// The taps of a strip: the pixels first .. first + count of image n, counted in raster order. A tap that
-// reads as zero has a legal offset and weight 0 (or NaN).
+// The taps of a strip: the pixels first .. first + count of image n, counted in raster order. A tap
+// that reads as zero has a legal offset and weight 0 (or NaN).
 template <typename A, int K>
 struct Strip {
   int64_t n, first;
@@ -153,7 +155,8 @@ struct Strip {
 
 // sum += factor * (the four pixels), where the weight is not zero.
 template <typename T, typename A, typename Lanes>
-MAFNET_INLINE void add_taps(const T* plane, const TapGroup<A>& taps, const Lanes& factor, Lanes& sum) {
+MAFNET_INLINE void add_taps(const T* plane, const TapGroup<A>& taps, const Lanes& factor,
+                            Lanes& sum) {
   Lanes pixels;
   for (int u = 0; u < 4; ++u) pixels[u] = static_cast<A>(plane[taps.offset[u]]);
   sum += taps.weight != 0 ? factor * pixels : Lanes{};
@@ -161,7 +164,8 @@ MAFNET_INLINE void add_taps(const T* plane, const TapGroup<A>& taps, const Lanes
 
 // Copies a block into a strip. Where kOnlyUse, weights become 1 (the tap is used) or 0.
 template <bool kOnlyUse, typename A, int K>
-void append_block(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int at, Strip<A, K>& strip) {
+void append_block(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int at,
+                  Strip<A, K>& strip) {
   for (int t = 0; t < K * K; ++t) {
     for (int i = 0; i < plan.count; ++i) {
       const int row = plan.y_axis.index[t / K][i], column = plan.x.index[t % K][i];
@@ -257,8 +261,8 @@ void blend_plane(const Strip<A, K>& strip, const T* plane, T* __restrict__ outpu
   for (int i = 0; i < strip.count; ++i) {
     if constexpr (K == 1) {
       const A w = strip.taps[i][0].weight[0];
-      output[i] = static_cast<T>(
-          w == 0 ? A(0) : w * static_cast<A>(plane[strip.taps[i][0].offset[0]]));
+      output[i] =
+          static_cast<T>(w == 0 ? A(0) : w * static_cast<A>(plane[strip.taps[i][0].offset[0]]));
     } else {
       Lanes sum = {};
       for (int group = 0; group < kGroups<K>; ++group) {
@@ -381,7 +385,8 @@ struct StripDots {
 
 // Adds what one channel contributes; the weights of the strip say which taps are used.
 template <typename T, typename A, int K>
-void add_plane_dots(const Strip<A, K>& strip, const T* plane, const T* grad, StripDots<A, K>& dots) {
+void add_plane_dots(const Strip<A, K>& strip, const T* plane, const T* grad,
+                    StripDots<A, K>& dots) {
   using Lanes = typename TapGroup<A>::Lanes;
   for (int i = 0; i < strip.count; ++i) {
     const Lanes g = static_cast<A>(grad[i]) - Lanes{};
@@ -414,8 +419,8 @@ void grad_flow_strips(const FlowWarpParams& p, int64_t begin, int64_t end) {
     plan_strip<T, I, true>(p, task, *strip,
                            [&](const BlockPlan<A, K>& plan, int) { plans.push_back(plan); });
     const T* image = static_cast<const T*>(p.input) + strip->n * p.input_stride[0];
-    const T* grad = static_cast<const T*>(p.grad_output) + strip->n * p.grad_output_stride[0] +
-                    strip->first;
+    const T* grad =
+        static_cast<const T*>(p.grad_output) + strip->n * p.grad_output_stride[0] + strip->first;
     *dots = {};
     for (int64_t c = 0; c < p.channels; ++c) {
       add_plane_dots(*strip, image + c * p.input_stride[1], grad + c * p.grad_output_stride[1],
@@ -439,8 +444,7 @@ struct RowRange {
 };
 
 template <typename T, Interpolation I>
-void find_row_ranges(const FlowWarpParams& p, int64_t begin, int64_t end,
-                                   RowRange* ranges) {
+void find_row_ranges(const FlowWarpParams& p, int64_t begin, int64_t end, RowRange* ranges) {
   using A = Accumulator<T>;
   constexpr int K = kTapsPerAxis<I>;
   A position[kBlock];
@@ -494,7 +498,8 @@ MAFNET_INLINE void scatter_channels_last(const FlowWarpParams& p, const BlockPla
   }
 }
 
-// Contributions to the planes of a band, gathered over several blocks: sum[offset] += weight * grad[pixel].
+// Contributions to the planes of a band, gathered over several blocks: sum[offset] += weight *
+// grad[pixel].
 template <typename A>
 struct Contributions {
   std::vector<int64_t> offset;
@@ -554,8 +559,9 @@ void scatter_into_band(const FlowWarpParams& p, const RowRange* ranges,
   contributions.template flush<T>(p, band);
 }
 
-// A band in grad_input itself where that holds accumulators, else in buffer; zeroed. The band is `runs`
-// runs of `length` neighbours: one where channels are last, one per channel where they are planes.
+// A band in grad_input itself where that holds accumulators, else in buffer; zeroed. The band is
+// `runs` runs of `length` neighbours: one where channels are last, one per channel where they are
+// planes.
 template <typename T, Interpolation I>
 void grad_input_band(const FlowWarpParams& p, const RowRange* ranges, int64_t task,
                      std::vector<Accumulator<T>>& buffer) {
@@ -567,11 +573,12 @@ void grad_input_band(const FlowWarpParams& p, const RowRange* ranges, int64_t ta
   const int64_t plane = static_cast<int64_t>(last - first + 1) * p.width;
   const int64_t runs = p.channels_last ? 1 : p.channels;
   const int64_t length = p.channels_last ? plane * p.channels : plane;
-  T* target = static_cast<T*>(p.grad_input) + n * p.grad_input_stride[0] +
-              first * p.grad_input_stride[2];
+  T* target =
+      static_cast<T*>(p.grad_input) + n * p.grad_input_stride[0] + first * p.grad_input_stride[2];
   const int64_t target_stride = p.grad_input_stride[1];
 
-  Band<A> band{nullptr, target_stride, p.grad_input_stride[2], p.grad_input_stride[3], n, first, last};
+  Band<A> band{nullptr, target_stride, p.grad_input_stride[2], p.grad_input_stride[3], n,
+               first,   last};
   if constexpr (std::is_same_v<T, A>) {
     band.sum = target;
     for (int64_t r = 0; r < runs; ++r) std::fill_n(target + r * target_stride, length, A(0));
@@ -622,7 +629,8 @@ void grad_flow(const FlowWarpParams& p, const T* zeros) {
     const size_t size = p.flow_dtype == p.dtype ? sizeof(T) : sizeof(float);
     std::memset(p.grad_flow, 0, static_cast<size_t>(elements) * size);
   } else if (p.channels_last) {
-    for_each_row(p, [&](int64_t begin, int64_t end) { grad_flow_rows<T, I>(p, begin, end, zeros); });
+    for_each_row(p,
+                 [&](int64_t begin, int64_t end) { grad_flow_rows<T, I>(p, begin, end, zeros); });
   } else {
     for_each_strip(p, [&](int64_t begin, int64_t end) { grad_flow_strips<T, I>(p, begin, end); });
   }
@@ -631,9 +639,8 @@ void grad_flow(const FlowWarpParams& p, const T* zeros) {
 template <typename T, Interpolation I>
 void grad_input(const FlowWarpParams& p) {
   std::vector<RowRange> ranges(static_cast<size_t>(p.batch * p.out_height));
-  for_each_row(p, [&](int64_t begin, int64_t end) {
-    find_row_ranges<T, I>(p, begin, end, ranges.data());
-  });
+  for_each_row(
+      p, [&](int64_t begin, int64_t end) { find_row_ranges<T, I>(p, begin, end, ranges.data()); });
   const int64_t tasks = p.batch * ((p.height + kBandRows - 1) / kBandRows);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Accumulator<T>> buffer;
@@ -643,7 +650,8 @@ void grad_input(const FlowWarpParams& p) {
   });
 }
 
-// Calls body(type, interpolation, zeros): zeros is a pixel of zeros, what taps outside the image read.
+// Calls body(type, interpolation, zeros): zeros is a pixel of zeros, what taps outside the image
+// read.
 template <typename Body>
 void dispatch(const FlowWarpParams& p, const Body& body) {
   dispatch_dtype<Half, BFloat16>(p.dtype, [&](auto type) {

@@ -1,4 +1,5 @@
-// What the forward and the backward kernels of flow_warp share: which pixel a thread owns, and its taps.
+// What the forward and the backward kernels of flow_warp share: which pixel a thread owns, and its
+// taps.
 #pragma once
 
 #include "common/prims.cuh"
@@ -40,9 +41,7 @@ DEVICE Footprint<I, Accumulator<T>> make_footprint(const FlowWarpParams& p, int6
   return f;
 }
 
-inline int64_t pixel_count(const FlowWarpParams& p) {
-  return p.batch * p.out_height * p.out_width;
-}
+inline int64_t pixel_count(const FlowWarpParams& p) { return p.batch * p.out_height * p.out_width; }
 
 // Elements that one lane moves at once: 16 bytes where channels are last and everything is aligned.
 template <typename T>
@@ -50,10 +49,10 @@ constexpr int kVector = 16 / sizeof(T);
 
 template <typename T>
 bool is_aligned(const FlowWarpParams& p, const void* pointer, const int64_t (&stride)[4]) {
-  const bool strides = stride[0] % kVector<T> == 0 && stride[2] % kVector<T> == 0 &&
-                       stride[3] % kVector<T> == 0;
-  return pointer == nullptr ||
-         (strides && p.channels % kVector<T> == 0 && reinterpret_cast<uintptr_t>(pointer) % 16 == 0);
+  const bool strides =
+      stride[0] % kVector<T> == 0 && stride[2] % kVector<T> == 0 && stride[3] % kVector<T> == 0;
+  return pointer == nullptr || (strides && p.channels % kVector<T> == 0 &&
+                                reinterpret_cast<uintptr_t>(pointer) % 16 == 0);
 }
 
 // Launches kernel(params) with one thread per item.

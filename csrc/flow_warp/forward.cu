@@ -1,13 +1,13 @@
-// flow_warp forward: output(n, c, p) = sum_j sum_k wy[j] wx[k] input(n, c, iy[j], ix[k]), the taps taken at
-// p + flow(n, p).
+// flow_warp forward: output(n, c, p) = sum_j sum_k wy[j] wx[k] input(n, c, iy[j], ix[k]), the taps
+// taken at p + flow(n, p).
 //
 // channels_last: one thread owns V = 16 bytes of channels of one pixel; neighbouring lanes take
-// neighbouring channels, so a tap is read in whole sectors. planar: one thread owns one pixel and walks the
-// channels; neighbouring lanes take neighbouring x. It takes any strides: double, and channels that do
-// not fill vectors of 16 bytes, go there too. Either way a thread works its own taps out, which is
-// cheaper than sharing them.
-// Per output element: one write, and one read from DRAM where the flow is smooth (the taps of neighbours
-// overlap in L1 and L2); the flow is read once per thread.
+// neighbouring channels, so a tap is read in whole sectors. planar: one thread owns one pixel and
+// walks the channels; neighbouring lanes take neighbouring x. It takes any strides: double, and
+// channels that do not fill vectors of 16 bytes, go there too. Either way a thread works its own
+// taps out, which is cheaper than sharing them. Per output element: one write, and one read from
+// DRAM where the flow is smooth (the taps of neighbours overlap in L1 and L2); the flow is read
+// once per thread.
 #include <type_traits>
 
 #include "flow_warp/footprint.cuh"
@@ -22,7 +22,8 @@ DEVICE bool inside(const FlowWarpParams& p, const Footprint<I, A>& f) {
 }
 
 template <typename T, Interpolation I>
-DEVICE void write_mask(const FlowWarpParams& p, const Footprint<I, Accumulator<T>>& f, int64_t pixel) {
+DEVICE void write_mask(const FlowWarpParams& p, const Footprint<I, Accumulator<T>>& f,
+                       int64_t pixel) {
   using A = Accumulator<T>;
   if (p.mask != nullptr) {
     static_cast<T*>(p.mask)[pixel] = from_accumulator<T>(inside(p, f) ? A(1) : A(0));

@@ -29,9 +29,10 @@ struct FlowWarpParams {
   void* mask;
   int64_t output_stride[4];
 
-  // Backward; a gradient that is not wanted is null. grad_output is contiguous unless channels_last. grad_input is dense, planar or channels_last. On CUDA
-  // it holds accumulators (float; double for double) and comes zeroed; on the CPU it is in dtype and
-  // every element is written. grad_flow is contiguous.
+  // Backward; a gradient that is not wanted is null. grad_output is contiguous unless
+  // channels_last. grad_input is dense, planar or channels_last. On CUDA it holds accumulators
+  // (float; double for double) and comes zeroed; on the CPU it is in dtype and every element is
+  // written. grad_flow is contiguous.
   const void* grad_output;
   void* grad_input;
   void* grad_flow;

@@ -27,7 +27,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _CUT_STEP, _CUT_STEP_ISOLATED, _CUT_RATIO, _CUT_WINDOW = 25.0, 10.0, 2.2, 6
 _THUMBNAIL_REDUCTION = 8
 # YUV matrices a stream can name (ITU-T H.273 numbers); of the others the frame's height decides.
-_MATRICES = {1: Colorspace.ITU709, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 9: Colorspace.BT2020}
+_MATRICES = {1: Colorspace.ITU709, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 9: 9}
 # Least ``detail`` of a crop: below it are sky, walls and blur.
 _MIN_VIDEO_DETAIL = 2.0
 _CROP_CANDIDATES = 3

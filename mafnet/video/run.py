@@ -180,7 +180,7 @@ class _Job:
             del frame, upscaled
 
     def bar(self, total: int | None, name: str) -> Any:
-        hidden = not self.options.progress
+        hidden = None if self.options.progress else True  # None: only on a terminal
         return tqdm(total=total, unit="frame", desc=name, disable=hidden, leave=False)
 
 

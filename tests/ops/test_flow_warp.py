@@ -182,8 +182,8 @@ def test_matches_the_loop(
         mask = flow_warp(x, f, interpolation, padding_mode, return_mask=True)[1]
         assert_rounding_only(output.cpu(), expected[0], TERMS, 4)
         assert_same(mask.cpu(), expected[1])
-        pixels = size[0] * size[1]
-        assert_rounding_only(grad_input.cpu(), expected[2], pixels, 4)
+        terms = size[0] * size[1] * TERMS  # where all pixels sample one
+        assert_rounding_only(grad_input.cpu(), expected[2], terms, 4)
         assert_rounding_only(grad_flow.cpu(), expected[3], TERMS * 3, 4)
 
 
@@ -197,7 +197,9 @@ def test_block_and_vector_boundaries(layout: str, channels: int, width: int) -> 
     grad = uniform(1, channels, 9, width, seed=2)
     exact = run(input, flow, grad, warp_grid_sample, "bicubic", "zeros")
     fp32 = [t.float() for t in (input, flow, grad)]
-    actual = run(laid_out(fp32[0], layout), fp32[1], laid_out(fp32[2], layout), flow_warp, "bicubic")
+    actual = run(
+        laid_out(fp32[0], layout), fp32[1], laid_out(fp32[2], layout), flow_warp, "bicubic"
+    )
     baseline = run(*fp32, warp_grid_sample, "bicubic", "zeros")
     for name, a, b, e in zip(("output", "grad_input", "grad_flow"), actual, baseline, exact):
         assert_as_accurate(a, b, e, name)
@@ -220,7 +222,10 @@ def test_strips_of_planes() -> None:
 def test_matches_grid_sample(
     backend: str, device: str, interpolation: str, padding_mode: str
 ) -> None:
-    input, flow = uniform(2, 5, 9, 11).to(device), uniform(2, 9, 11, 2, reach=8.0, seed=1).to(device)
+    input, flow = (
+        uniform(2, 5, 9, 11).to(device),
+        uniform(2, 9, 11, 2, reach=8.0, seed=1).to(device),
+    )
     grad = uniform(2, 5, 9, 11, seed=2).to(device)
     expected = run(input, flow, grad, warp_grid_sample, interpolation, padding_mode)
     actual = run(input, flow, grad, flow_warp, interpolation, padding_mode)
@@ -241,7 +246,9 @@ def test_is_as_accurate_as_pytorch(
     size = (18, 37)
     input, grad = (uniform(2, 19, *size, seed=s).to(device, dtype) for s in (0, 2))
     # multiples of 1/8 off the pixel edges of "nearest": the same cell in every precision
-    flow = (uniform(2, *size, 2, reach=9.0, seed=1) * 4).round().div(4).add(1 / 8).float().to(device)
+    flow = (
+        (uniform(2, *size, 2, reach=9.0, seed=1) * 4).round().div(4).add(1 / 8).float().to(device)
+    )
     args = [t.double() for t in (input, flow, grad)]
     exact = run(*args, flow_warp, interpolation, padding_mode)
     fp32 = [t.float() for t in (input, flow, grad)]
@@ -281,7 +288,7 @@ def test_random_shapes(
     x = laid_out(input, layout)
     output, grad_input, grad_flow = run(x, flow, grad, flow_warp, interpolation, padding_mode)
     assert_rounding_only(output, expected[0], TERMS, 4)
-    assert_rounding_only(grad_input, expected[2], 25, 4)
+    assert_rounding_only(grad_input, expected[2], 25 * TERMS, 4)
     assert_rounding_only(grad_flow, expected[3], TERMS * 5, 4)
 
 
@@ -298,7 +305,9 @@ def test_every_vector_level(level: str) -> None:
         "        y = x.to(dtype).contiguous(memory_format=layout)\n"
         "        out = flow_warp(y, f.float())\n"
         "        exact = flow_warp(y.double(), f.float().double())\n"
-        "        assert (out - exact).abs().max() < 2 * torch.finfo(dtype).eps, (layout, dtype)\n"
+        "        # one rounding of the value, and one of both fp32 coordinates, below 128\n"
+        "        bound = torch.finfo(dtype).eps + 2 * 64 * torch.finfo(torch.float32).eps\n"
+        "        assert (out - exact).abs().max() < bound, (layout, dtype)\n"
     )
     environment = {**os.environ, "MAFNET_SIMD": level}
     done = subprocess.run(
@@ -319,14 +328,18 @@ def test_zero_flow_is_the_identity(
 ) -> None:
     input = laid_out(uniform(2, 19, 7, 66).to(device, dtype), layout)
     for padding_mode in PADDINGS:
-        flow = torch.zeros(2, 7, 66, 2, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        flow = torch.zeros(
+            2, 7, 66, 2, device=device, dtype=torch.promote_types(dtype, torch.float32)
+        )
         assert_same(flow_warp(input, flow, interpolation, padding_mode), input)
 
 
 @needs_native
 @interpolations
 @layouts
-def test_weightless_neighbours_do_not_spoil_an_exact_sample(interpolation: str, layout: str) -> None:
+def test_weightless_neighbours_do_not_spoil_an_exact_sample(
+    interpolation: str, layout: str
+) -> None:
     input = uniform(1, 17, 6, 70)
     input[:, :, ::2, ::3], input[:, :, 1, 1] = math.inf, math.nan
     flow = torch.zeros(1, 6, 70, 2, dtype=torch.float64)
@@ -434,7 +447,10 @@ def test_nan_flow_gives_nan_and_scatters_nothing(
     assert (output.isnan() == bad).all()
     assert ((mask == 0) == bad).all()
     grad_input = run(input, flow, torch.ones_like(input), flow_warp, interpolation, padding_mode)[1]
-    assert_same(grad_input, (~bad).to(input.dtype).expand(1, 3, 4, 5).clone(memory_format=_format(grad_input)))
+    assert_same(
+        grad_input,
+        (~bad).to(input.dtype).expand(1, 3, 4, 5).clone(memory_format=_format(grad_input)),
+    )
 
 
 @pytest.mark.parametrize("padding_mode", PADDINGS)
@@ -445,7 +461,9 @@ def test_gradient_at_pixel_centres_is_that_of_the_cell_to_the_right(
     input, grad = uniform(1, 2, 4, 5), uniform(1, 2, 4, 5, seed=2)
     flow = torch.zeros(1, 4, 5, 2, dtype=torch.float64)
     expected = warp_loop(input, flow, grad, "bilinear", padding_mode)[3]
-    assert_rounding_only(run(input, flow, grad, flow_warp, "bilinear", padding_mode)[2], expected, 8)
+    assert_rounding_only(
+        run(input, flow, grad, flow_warp, "bilinear", padding_mode)[2], expected, 8
+    )
 
 
 @devices
@@ -528,7 +546,7 @@ def test_gradcheck(backend: str, interpolation: str, padding_mode: str) -> None:
 
     forward = backend == "native"
     assert gradcheck(function, smooth_case(), check_forward_ad=forward, check_batched_grad=forward)
-    assert gradgradcheck(function, smooth_case())
+    assert gradgradcheck(function, smooth_case(), fast_mode=True)
 
 
 def test_mask_carries_no_gradient(backend: str) -> None:
@@ -563,7 +581,9 @@ def test_torch_func_transforms() -> None:
     tangents = uniform(1, 2, 3, 4, seed=5), uniform(1, 3, 4, 2, seed=6)
     output, tangent = torch.func.jvp(flow_warp, (input, flow), tangents)
     assert_same(output, flow_warp(input, flow))
-    by_hand = (reverse[0] * tangents[0]).sum((4, 5, 6, 7)) + (reverse[1] * tangents[1]).sum((4, 5, 6, 7))
+    by_hand = (reverse[0] * tangents[0]).sum((4, 5, 6, 7)) + (reverse[1] * tangents[1]).sum(
+        (4, 5, 6, 7)
+    )
     assert_rounding_only(tangent, by_hand, 2 * TERMS, 4)
 
 
@@ -596,7 +616,9 @@ def test_vmap(in_dims: tuple[int | None, int | None], return_mask: bool) -> None
     for function in (one, grads):
         batched = torch.vmap(function, in_dims)(*args)
         for i in range(3):
-            single = function(*(t[i if d is not None else 0] for t, d in zip((inputs, flows), in_dims)))
+            single = function(
+                *(t[i if d is not None else 0] for t, d in zip((inputs, flows), in_dims))
+            )
             pairs = zip(batched, single) if isinstance(single, tuple) else [(batched, single)]
             for a, e in pairs:
                 assert_same(a[i].contiguous(), e.contiguous())
@@ -655,7 +677,9 @@ def test_export_keeps_the_op() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("interpolation", "taps"), [("bilinear", 4), ("nearest", 1), ("bicubic", 16)])
+@pytest.mark.parametrize(
+    ("interpolation", "taps"), [("bilinear", 4), ("nearest", 1), ("bicubic", 16)]
+)
 def test_flop_formula(interpolation: str, taps: int) -> None:
     with FlopCounterMode(display=False) as counter:
         flow_warp(torch.rand(2, 3, 4, 5), torch.rand(2, 4, 5, 2), interpolation)
@@ -674,7 +698,10 @@ def test_native_op_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_deterministic_mode_on_cuda() -> None:
     """Atomics add in no fixed order, so PyTorch code takes over: equal bits over runs."""
-    input, flow = torch.rand(1, 16, 64, 64, device="cuda"), torch.rand(1, 64, 64, 2, device="cuda") * 30
+    input, flow = (
+        torch.rand(1, 16, 64, 64, device="cuda"),
+        torch.rand(1, 64, 64, 2, device="cuda") * 30,
+    )
     grad = torch.rand_like(input)
     torch.use_deterministic_algorithms(True)
     try:
@@ -690,20 +717,40 @@ def test_deterministic_mode_on_cuda() -> None:
 INPUT, FLOW = torch.rand(2, 3, 4, 5), torch.rand(2, 4, 5, 2)
 BAD = [
     ((None, FLOW), TypeError, "input: expected a torch.Tensor, got NoneType"),
-    ((INPUT.long(), FLOW), TypeError, "input: expected dtype float64, float32, float16 or bfloat16"),
+    (
+        (INPUT.long(), FLOW),
+        TypeError,
+        "input: expected dtype float64, float32, float16 or bfloat16",
+    ),
     ((INPUT[0], FLOW), ValueError, "input: expected 4 dimensions, got shape (3, 4, 5)"),
     ((INPUT, FLOW[0]), ValueError, "flow: expected 4 dimensions, got shape (4, 5, 2)"),
-    ((INPUT, FLOW[:1]), ValueError, "flow: expected (N, H_out, W_out, 2) = (2, 4, 5, 2), got (1, 4, 5, 2)"),
+    (
+        (INPUT, FLOW[:1]),
+        ValueError,
+        "flow: expected (N, H_out, W_out, 2) = (2, 4, 5, 2), got (1, 4, 5, 2)",
+    ),
     (
         (INPUT, FLOW.permute(0, 3, 1, 2)),
         ValueError,
         "flow: expected (N, H_out, W_out, 2) = (2, 2, 4, 2), got (2, 2, 4, 5)",
     ),
-    ((INPUT, FLOW.double()), TypeError, "flow: expected dtype torch.float32 or float32, got torch.float64"),
+    (
+        (INPUT, FLOW.double()),
+        TypeError,
+        "flow: expected dtype torch.float32 or float32, got torch.float64",
+    ),
     ((INPUT, FLOW.to("meta")), ValueError, "flow: expected device cpu as input, got meta"),
     ((INPUT[..., :0], FLOW), ValueError, "input: expected H and W of at least 1, got (2, 3, 4, 0)"),
-    ((INPUT, FLOW, "cubic"), ValueError, "interpolation: expected one of bilinear, nearest, bicubic, got 'cubic'"),
-    ((INPUT, FLOW, "nearest", "wrap"), ValueError, "padding_mode: expected one of zeros, border, reflection"),
+    (
+        (INPUT, FLOW, "cubic"),
+        ValueError,
+        "interpolation: expected one of bilinear, nearest, bicubic, got 'cubic'",
+    ),
+    (
+        (INPUT, FLOW, "nearest", "wrap"),
+        ValueError,
+        "padding_mode: expected one of zeros, border, reflection",
+    ),
 ]
 
 
@@ -714,11 +761,17 @@ def test_error_messages(args: tuple[Any, ...], kind: type[Exception], message: s
 
 
 RAW_BAD = [
-    ((INPUT, FLOW[..., :1], 0, 0, False), "flow: expected size 2 in dimension 3, got shape (2, 4, 5, 1)"),
+    (
+        (INPUT, FLOW[..., :1], 0, 0, False),
+        "flow: expected size 2 in dimension 3, got shape (2, 4, 5, 1)",
+    ),
     ((INPUT, FLOW.half(), 0, 0, False), "flow: expected the dtype of input, or float32"),
     ((INPUT, FLOW, 3, 0, False), "interpolation: expected 0, 1 or 2, got 3"),
     ((INPUT, FLOW, 0, -1, False), "padding_mode: expected 0, 1 or 2, got -1"),
-    ((INPUT.int(), FLOW, 0, 0, False), "input: expected dtype float64, float32, float16 or bfloat16"),
+    (
+        (INPUT.int(), FLOW, 0, 0, False),
+        "input: expected dtype float64, float32, float16 or bfloat16",
+    ),
     ((INPUT[..., :0], FLOW, 0, 0, False), "input: expected H and W of at least 1"),
 ]
 
@@ -733,7 +786,9 @@ def test_raw_op_checks_for_itself(args: tuple[Any, ...], message: str) -> None:
 
 @needs_native
 def test_raw_backward_checks_the_gradient() -> None:
-    with pytest.raises(RuntimeError, match=r"flow_warp: grad_output: expected size 4 in dimension 2"):
+    with pytest.raises(
+        RuntimeError, match=r"flow_warp: grad_output: expected size 4 in dimension 2"
+    ):
         torch.ops.mafnet_ops.flow_warp_backward(INPUT[:, :, 1:], INPUT, FLOW, 0, 0, True, True)
     with pytest.raises(RuntimeError, match=r"flow_warp: grad_output: expected the dtype of input"):
         torch.ops.mafnet_ops.flow_warp_backward(INPUT.double(), INPUT, FLOW, 0, 0, True, True)

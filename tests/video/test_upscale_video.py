@@ -116,11 +116,14 @@ def test_audio_that_the_container_cannot_hold(tmp_path: Path) -> None:
 
 def test_subtitles_chapters_and_metadata(tmp_path: Path) -> None:
     make_video(tmp_path / "plain.mkv")
+    (tmp_path / "text.srt").write_text("1\n00:00:00,100 --> 00:00:00,300\nHello\n\n")
     with (
         av.open(str(tmp_path / "plain.mkv")) as given,
+        av.open(str(tmp_path / "text.srt")) as text,
         av.open(str(tmp_path / "in.mkv"), "w") as made,
     ):
         copy = made.add_stream_from_template(given.streams.video[0], opaque=True)
+        words = made.add_stream_from_template(text.streams.subtitles[0])
         made.metadata["title"] = "a title"
         made.set_chapters(
             [{"id": 1, "start": 0, "end": 200, "time_base": Fraction(1, 1000), "metadata": {}}]
@@ -129,10 +132,17 @@ def test_subtitles_chapters_and_metadata(tmp_path: Path) -> None:
             if packet.dts is not None:
                 packet.stream = copy
                 made.mux(packet)
+        for packet in text.demux():
+            if packet.dts is not None:
+                packet.stream = words
+                made.mux(packet)
     run(tmp_path / "in.mkv", tmp_path / "out.mkv")
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.metadata["title"] == "a title"
         assert len(container.chapters()) == 1
+    assert packets(tmp_path / "out.mkv", "subtitle") == [(b"Hello", Fraction(1, 10))]
+    report = run(tmp_path / "in.mkv", tmp_path / "out.mp4")
+    assert any("left out" in note and "does not support" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("size", [(47, 63), (2, 2), (17, 30)])
