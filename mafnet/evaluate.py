@@ -10,11 +10,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .config import ConfigError
 from .data.degrade import bicubic_upscale
+from .data.folders import (
+    Degradation,
+    EvalClip,
+    folder_of_clips,
+    frame_folder,
+    paired_folders,
+    vimeo_septuplets,
+)
 from .metrics import psnr_y, ssim_y
 from .model import MAFnet
 
@@ -39,71 +46,98 @@ def main_eval(
     folders: list[str],
     chunk: int = 15,
     overlap: int = 3,
-    degradation: str = "BI",
+    degradation: Degradation = "BI",
     copies: bool = False,
     limit: int | None = None,
     output: str | None = None,
 ) -> list[ClipScore]:
-    """Measure ``model`` on clip folders (each with GT and BIx4 or BDx4) and print a table."""
+    """Measure ``model`` on every clip of ``folders`` (see :func:`clips_in`) and print a table."""
     net = MAFnet.from_pretrained(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if net.degradation != degradation:
         print(f"note: the weights were trained for {net.degradation}, measured on {degradation}")
-    scores = []
+    clips = [clip for folder in folders for clip in clips_in(Path(folder), degradation)]
     print(f"{'clip':24} {'frames':>6} {'bicubic':>15} {'model':>15} {'gain':>6}")
-    for folder in folders:
-        score = score_clip(net, Path(folder), degradation, chunk, overlap, copies, limit)
-        scores.append(score)
-        gain = score.psnr_y - score.bicubic_psnr_y
-        print(
-            f"{score.clip:24} {score.frames:6d} {score.bicubic_psnr_y:8.3f} {score.bicubic_ssim_y:.4f} "
-            f"{score.psnr_y:8.3f} {score.ssim_y:.4f} {gain:+6.3f}"
-        )
-        if score.copies_psnr_y is not None:
-            print(
-                f"{'':24} temporal gain {score.psnr_y - score.copies_psnr_y:+.3f} dB "
-                f"(copies of one frame: {score.copies_psnr_y:.3f})"
-            )
+    scores = []
+    for clip in clips:
+        scores.append(score_clip(net, clip, degradation, chunk, overlap, copies, limit))
+        print(_row(scores[-1]), flush=True)
+    if len(scores) > 1:
+        print(_row(mean_score(scores)))
     if output:
         Path(output).write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n")
     return scores
 
 
+def clips_in(folder: Path, degradation: Degradation = "BI") -> list[EvalClip]:
+    """The clips of a folder in any of the usual layouts.
+
+    ``GT`` and ``BIx4`` (or ``BDx4``) folders, with or without clip folders in them (Vid4); ``sequences`` (Vimeo-90K);
+    a folder of frames; a folder of such folders (REDS4). Without low-resolution files the frames are degraded.
+    """
+    if (folder / "GT").is_dir():
+        return paired_folders(folder, lr=f"{degradation}x4")
+    if (folder / "sequences").is_dir():
+        return vimeo_septuplets(folder)
+    if folder.is_dir() and any(path.is_file() for path in folder.iterdir()):
+        return [frame_folder(folder)]
+    return folder_of_clips(folder)
+
+
+def _row(score: ClipScore) -> str:
+    gain = score.psnr_y - score.bicubic_psnr_y
+    text = (
+        f"{score.clip:24} {score.frames:6d} {score.bicubic_psnr_y:8.3f} {score.bicubic_ssim_y:.4f} "
+        f"{score.psnr_y:8.3f} {score.ssim_y:.4f} {gain:+6.3f}"
+    )
+    if score.copies_psnr_y is None:
+        return text
+    temporal = score.psnr_y - score.copies_psnr_y
+    return f"{text}\n{'':24} copies of one frame {score.copies_psnr_y:.3f}: temporal gain {temporal:+.3f} dB"
+
+
+def mean_score(scores: list[ClipScore]) -> ClipScore:
+    """The mean over clips, each clip weighing the same."""
+    values = np.mean([_values(s) for s in scores], 0).tolist()
+    return ClipScore("mean of clips", sum(s.frames for s in scores), *values)
+
+
+def _values(score: ClipScore) -> list[float]:
+    values = [score.psnr_y, score.ssim_y, score.bicubic_psnr_y, score.bicubic_ssim_y]
+    return values if score.copies_psnr_y is None else [*values, score.copies_psnr_y]
+
+
 def score_clip(
     net: MAFnet,
-    folder: Path,
-    degradation: str = "BI",
+    clip: EvalClip,
+    degradation: Degradation = "BI",
     chunk: int = 15,
     overlap: int = 3,
     copies: bool = False,
     limit: int | None = None,
 ) -> ClipScore:
-    """Measure one clip folder; ``copies`` adds the control with copies of each frame as its neighbours."""
-    truth_files, input_files = _pairs(folder, f"{degradation}x4")
-    if limit is not None:
-        truth_files, input_files = truth_files[:limit], input_files[:limit]
-    inputs = np.stack([_read(p) for p in input_files])
+    """Measure one clip; ``copies`` adds the control with copies of each frame as its neighbours."""
+    truths, inputs = clip.gt()[:limit], clip.lr(degradation)[:limit]
     rows = []
     for index, out in enumerate(upscale_frames(net, inputs, chunk, overlap)):
-        truth = _truth(truth_files[index], inputs[index])
-        cubic = bicubic_upscale(inputs[index])
+        if index not in clip.scored:
+            continue
+        truth, cubic = truths[index], bicubic_upscale(inputs[index])
         row = [psnr_y(out, truth), ssim_y(out, truth), psnr_y(cubic, truth), ssim_y(cubic, truth)]
         if copies:
             still = np.repeat(inputs[index : index + 1], 2 * net.temporal_radius + 1, 0)
             row.append(psnr_y(_center(net, still), truth))
         rows.append(row)
-    means = np.mean(np.array(rows), 0).tolist()
-    return ClipScore(folder.name, len(rows), *means)
+    return ClipScore(clip.name, len(rows), *np.mean(rows, 0).tolist())
 
 
-def measure_folder(net: MAFnet, folder: str, frames: int, windows: int) -> float:
-    """Mean PSNR on Y over ``windows`` evenly placed windows of ``frames`` frames: quick, for use while training."""
-    truth_files, input_files = _pairs(Path(folder), "BIx4")
-    starts = np.linspace(0, max(0, len(input_files) - frames), windows).astype(int)
+def measure_windows(net: MAFnet, clip: EvalClip, frames: int, windows: int) -> float:
+    """Mean PSNR on Y over evenly placed windows of ``frames`` frames: quick, for use while training."""
+    truths, inputs = clip.gt(), clip.lr()
     values = []
-    for start in starts:
-        inputs = np.stack([_read(p) for p in input_files[start : start + frames]])
-        for i, out in enumerate(upscale_frames(net, inputs, frames, 0)):
-            values.append(psnr_y(out, _truth(truth_files[start + i], inputs[i])))
+    for start in np.linspace(0, max(0, len(inputs) - frames), windows).astype(int):
+        window = inputs[start : start + frames]
+        for i, out in enumerate(upscale_frames(net, window, frames, 0)):
+            values.append(psnr_y(out, truths[start + i]))
     return float(np.mean(values))
 
 
@@ -138,28 +172,3 @@ def _run(net: MAFnet, frames: ByteArray, call: Callable[[Tensor], Tensor]) -> It
             .numpy()
         )
     yield from out
-
-
-def _pairs(folder: Path, low: str) -> tuple[list[Path], list[Path]]:
-    truth, inputs = (sorted((folder / name).glob("*.png")) for name in ("GT", low))
-    if not truth or len(truth) != len(inputs):
-        raise ConfigError(
-            f"{folder}: expected as many PNG files in GT as in {low}, found {len(truth)} and {len(inputs)}"
-        )
-    return truth, inputs
-
-
-def _truth(path: Path, low: ByteArray) -> ByteArray:
-    """The ground truth, cropped to four times the input."""
-    image = _read(path)
-    height, width = 4 * low.shape[0], 4 * low.shape[1]
-    if image.shape[0] < height or image.shape[1] < width:
-        raise ConfigError(
-            f"{path}: expected at least {width}x{height}, got {image.shape[1]}x{image.shape[0]}"
-        )
-    return image[:height, :width]
-
-
-def _read(path: Path) -> ByteArray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

@@ -76,7 +76,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """A clip that is measured while training, in the layout of Vid4: folders GT and BIx4 of PNG files."""
+    """A clip that is measured while training: the first one of a folder that ``mafnet eval`` takes."""
 
     folder: str
     every: int = 500
@@ -305,12 +305,13 @@ class Stage:
         config = self.trainer.config.eval
         if config is None or (self.step % config.every and self.step != self.stage.steps):
             return
-        from .evaluate import measure_folder
+        from .evaluate import clips_in, measure_windows
 
         net = MAFnet(self.measured_config())
         net.load_state_dict({k: self.ema.weights[k] for k in net.state_dict()})
         net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        psnr = measure_folder(net, config.folder, config.frames, config.windows)
+        clip = clips_in(Path(config.folder))[0]
+        psnr = measure_windows(net, clip, config.frames, config.windows)
         log.info("step %d: %s psnr_y %.3f dB", self.step, config.folder, psnr)
         self.trainer.write_log(
             {"stage": self.stage.kind, "step": self.step, "psnr_y": round(psnr, 4)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import shutil
 import subprocess
@@ -57,17 +58,22 @@ class Report:
 
 def doctor() -> Report:
     """Collect what decides the backends; ``print`` the result for people. Starts no CUDA context."""
-    devices = ("cpu", "cuda")
-    ops = [
-        (op, device, _library.backend(op, device))
-        for op in _library.op_names()
-        for device in devices
-    ]
-    return Report(
-        facts=_facts(),
-        ops=tuple(OpReport(op, device, b.name, b.reason) for op, device, b in ops),
-        advice=tuple(_advice()),
-    )
+    ops = [_op_report(op, device) for op in _public_ops() for device in ("cpu", "cuda")]
+    return Report(facts=_facts(), ops=tuple(ops), advice=tuple(_advice()))
+
+
+def _public_ops() -> list[str]:
+    package = sys.modules[__package__]
+    functions = [name for name in package.__all__ if inspect.isfunction(getattr(package, name))]
+    return [name for name in functions if name != "doctor"]
+
+
+def _op_report(op: str, device: str) -> OpReport:
+    if op in _library.op_names():
+        backend = _library.backend(op, device)
+    else:
+        backend = _library.Backend("pytorch", "this op has no kernel of its own")
+    return OpReport(op, device, backend.name, backend.reason)
 
 
 def _facts() -> tuple[tuple[str, str], ...]:

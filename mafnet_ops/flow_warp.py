@@ -33,6 +33,14 @@ def flow_warp(
     *,
     return_mask: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def flow_warp(
+    input: Tensor,
+    flow: Tensor,
+    interpolation: str = ...,
+    padding_mode: str = ...,
+    return_mask: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def flow_warp(
     input: Tensor,
     flow: Tensor,
@@ -264,7 +272,7 @@ class _FlowWarpBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         function = _reference_vjp(ctx.interpolation, ctx.padding_mode, ctx.needs)
-        _, vjp = torch.func.vjp(function, *ctx.saved_tensors)
+        vjp: Any = torch.func.vjp(function, *ctx.saved_tensors)[1]
         wanted = tuple(g for g, need in zip(grads, ctx.needs) if need)
         return (*vjp(wanted), None, None, None, None)
 
@@ -307,13 +315,11 @@ def _reference_vjp(interpolation: int, padding_mode: int, needs: list[bool]) -> 
 
 def _jvp_by_vjp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
     """J t as the gradient of u -> J^T u, which is linear: forward mode without nesting forward mode."""
-    output, vjp = torch.func.vjp(function, *primals)
-    zeros = (
-        torch.zeros_like(output)
-        if isinstance(output, Tensor)
-        else tuple(map(torch.zeros_like, output))
-    )
-    _, vjp_of_vjp = torch.func.vjp(vjp, zeros)
+    made: Any = torch.func.vjp(function, *primals)
+    output, vjp = made[0], made[1]
+    single = isinstance(output, Tensor)
+    zeros = torch.zeros_like(output) if single else tuple(map(torch.zeros_like, output))
+    vjp_of_vjp: Any = torch.func.vjp(vjp, zeros)[1]
     return vjp_of_vjp(tangents)[0]
 
 

@@ -283,11 +283,10 @@ def spatial_gate(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    # Scores of half features overflow in fp16 and lose the softmax in bf16, so they are fp32.
+    # Scores of half features overflow in fp16 and are off by whole units in bf16: all of it is fp32.
     compute = coordinate_dtype(query.dtype)
     scores = torch.matmul(query.to(compute) * scale, key.to(compute).transpose(-1, -2))
-    probabilities = torch.softmax(scores, -1)
-    return torch.matmul(probabilities.to(value.dtype), value)
+    return torch.matmul(torch.softmax(scores, -1), value.to(compute)).to(value.dtype)
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -12,6 +12,8 @@
 #include <type_traits>
 
 #define MAFNET_INLINE inline __attribute__((always_inline))
+// For what is called once per block: one copy, however many callers.
+#define MAFNET_NOINLINE __attribute__((noinline))
 #define MAFNET_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace mafnet {

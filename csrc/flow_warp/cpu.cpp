@@ -69,8 +69,8 @@ MAFNET_INLINE void plan_axis_padded(const A* __restrict__ position, int count, i
 }
 
 template <Interpolation I, typename A>
-void plan_axis(const A* position, int count, int size, Padding padding,
-               AxisBlock<A, kTapsPerAxis<I>>& block) {
+MAFNET_NOINLINE void plan_axis(const A* position, int count, int size, Padding padding,
+                               AxisBlock<A, kTapsPerAxis<I>>& block) {
   with_simd<A>([&]() MAFNET_INLINE_LAMBDA {
     switch (padding) {  // outside the loop: each of the three loops is straight-line code
       case Padding::kBorder:
@@ -83,37 +83,32 @@ void plan_axis(const A* position, int count, int size, Padding padding,
   });
 }
 
-template <typename F, typename A>
-void add_flow(const FlowWarpParams& p, int64_t n, int y, int x0, int component, int count,
-              A* position) {
-  const F* flow = static_cast<const F*>(p.flow) + n * p.flow_stride[0] + y * p.flow_stride[1] +
-                  x0 * p.flow_stride[2] + component * p.flow_stride[3];
-  for (int i = 0; i < count; ++i) position[i] += static_cast<A>(flow[i * p.flow_stride[2]]);
-}
-
 // Positions in one axis: the pixel's own place plus component 0 (x) or 1 (y) of the flow.
-template <typename T, typename A>
+template <typename A>
 void read_positions(const FlowWarpParams& p, int64_t n, int y, int x0, int component, int count,
                     A* position) {
-  for (int i = 0; i < count; ++i) position[i] = static_cast<A>(component == 0 ? x0 + i : y);
-  if (p.flow_dtype == p.dtype) {
-    add_flow<T, A>(p, n, y, x0, component, count, position);
-  } else {
-    add_flow<float, A>(p, n, y, x0, component, count, position);
-  }
+  const int64_t first = n * p.flow_stride[0] + y * p.flow_stride[1] + x0 * p.flow_stride[2] +
+                        component * p.flow_stride[3];
+  dispatch_dtype<Half, BFloat16>(p.flow_dtype, [&](auto type) {
+    const auto* flow = static_cast<const typename decltype(type)::type*>(p.flow) + first;
+    for (int i = 0; i < count; ++i) {
+      const A place = static_cast<A>(component == 0 ? x0 + i : y);
+      position[i] = place + static_cast<A>(flow[i * p.flow_stride[2]]);
+    }
+  });
 }
 
-template <typename T, Interpolation I, typename A>
-void plan_block(const FlowWarpParams& p, int64_t n, int y, int x0, int limit,
-                BlockPlan<A, kTapsPerAxis<I>>& plan) {
+template <Interpolation I, typename A>
+MAFNET_NOINLINE void plan_block(const FlowWarpParams& p, int64_t n, int y, int x0, int limit,
+                                BlockPlan<A, kTapsPerAxis<I>>& plan) {
   plan.n = n;
   plan.y = y;
   plan.x0 = x0;
   plan.count = std::min({kBlock, limit, p.out_width - x0});
-  read_positions<T, A>(p, n, y, x0, 0, plan.count, plan.x_position);
-  read_positions<T, A>(p, n, y, x0, 1, plan.count, plan.y_position);
-  plan_axis<I, A>(plan.x_position, plan.count, p.width, p.padding, plan.x);
-  plan_axis<I, A>(plan.y_position, plan.count, p.height, p.padding, plan.y_axis);
+  read_positions(p, n, y, x0, 0, plan.count, plan.x_position);
+  read_positions(p, n, y, x0, 1, plan.count, plan.y_position);
+  plan_axis<I>(plan.x_position, plan.count, p.width, p.padding, plan.x);
+  plan_axis<I>(plan.y_position, plan.count, p.height, p.padding, plan.y_axis);
 }
 
 // Where the taps of one pixel lie in a channels_last image; taps that read as zero point at zeros.
@@ -164,8 +159,8 @@ MAFNET_INLINE void add_taps(const T* plane, const TapGroup<A>& taps, const Lanes
 
 // Copies a block into a strip. Where kOnlyUse, weights become 1 (the tap is used) or 0.
 template <bool kOnlyUse, typename A, int K>
-void append_block(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int at,
-                  Strip<A, K>& strip) {
+MAFNET_NOINLINE void append_block(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int at,
+                                  Strip<A, K>& strip) {
   for (int t = 0; t < K * K; ++t) {
     for (int i = 0; i < plan.count; ++i) {
       const int row = plan.y_axis.index[t / K][i], column = plan.x.index[t % K][i];
@@ -183,7 +178,7 @@ int64_t strips_per_image(const FlowWarpParams& p) {
 }
 
 // Plans strip `task` and calls visit(plan, at) for each of its blocks, whose pixels begin at `at`.
-template <typename T, Interpolation I, bool kOnlyUse, typename A, int K, typename Visit>
+template <Interpolation I, bool kOnlyUse, typename A, int K, typename Visit>
 void plan_strip(const FlowWarpParams& p, int64_t task, Strip<A, K>& strip, const Visit& visit) {
   const int64_t pixels = static_cast<int64_t>(p.out_height) * p.out_width;
   strip.n = task / strips_per_image(p);
@@ -192,8 +187,8 @@ void plan_strip(const FlowWarpParams& p, int64_t task, Strip<A, K>& strip, const
   BlockPlan<A, K> plan;
   for (int at = 0; at < strip.count; at += plan.count) {
     const int64_t pixel = strip.first + at;
-    plan_block<T, I>(p, strip.n, static_cast<int>(pixel / p.out_width),
-                     static_cast<int>(pixel % p.out_width), strip.count - at, plan);
+    plan_block<I>(p, strip.n, static_cast<int>(pixel / p.out_width),
+                  static_cast<int>(pixel % p.out_width), strip.count - at, plan);
     append_block<kOnlyUse>(p, plan, at, strip);
     visit(plan, at);
   }
@@ -289,7 +284,7 @@ void forward_rows(const FlowWarpParams& p, int64_t begin, int64_t end, const T* 
   BlockPlan<Accumulator<T>, kTapsPerAxis<I>> plan;
   for (int64_t r = begin; r < end; ++r) {
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
-      plan_block<T, I>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, kBlock, plan);
+      plan_block<I>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, kBlock, plan);
       if (p.mask != nullptr) write_mask<T>(p, plan);
       with_simd<T>([&]() MAFNET_INLINE_LAMBDA { forward_channels_last<T>(p, plan, zeros); });
     }
@@ -302,7 +297,7 @@ void forward_strips(const FlowWarpParams& p, int64_t begin, int64_t end) {
   constexpr int K = kTapsPerAxis<I>;
   auto strip = std::make_unique<Strip<A, K>>();
   for (int64_t task = begin; task < end; ++task) {
-    plan_strip<T, I, false>(p, task, *strip, [&](const BlockPlan<A, K>& plan, int) {
+    plan_strip<I, false>(p, task, *strip, [&](const BlockPlan<A, K>& plan, int) {
       if (p.mask != nullptr) write_mask<T>(p, plan);
     });
     const T* image = static_cast<const T*>(p.input) + strip->n * p.input_stride[0];
@@ -401,7 +396,7 @@ void grad_flow_rows(const FlowWarpParams& p, int64_t begin, int64_t end, const T
   BlockPlan<Accumulator<T>, kTapsPerAxis<I>> plan;
   for (int64_t r = begin; r < end; ++r) {
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
-      plan_block<T, I>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, kBlock, plan);
+      plan_block<I>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, kBlock, plan);
       with_simd<T>([&]() MAFNET_INLINE_LAMBDA { grad_flow_channels_last<T>(p, plan, zeros); });
     }
   }
@@ -416,8 +411,8 @@ void grad_flow_strips(const FlowWarpParams& p, int64_t begin, int64_t end) {
   std::vector<BlockPlan<A, K>> plans;
   for (int64_t task = begin; task < end; ++task) {
     plans.clear();
-    plan_strip<T, I, true>(p, task, *strip,
-                           [&](const BlockPlan<A, K>& plan, int) { plans.push_back(plan); });
+    plan_strip<I, true>(p, task, *strip,
+                        [&](const BlockPlan<A, K>& plan, int) { plans.push_back(plan); });
     const T* image = static_cast<const T*>(p.input) + strip->n * p.input_stride[0];
     const T* grad =
         static_cast<const T*>(p.grad_output) + strip->n * p.grad_output_stride[0] + strip->first;
@@ -443,9 +438,9 @@ struct RowRange {
   int first, last;  // rows of the image that an output row reads; empty where first > last
 };
 
-template <typename T, Interpolation I>
-void find_row_ranges(const FlowWarpParams& p, int64_t begin, int64_t end, RowRange* ranges) {
-  using A = Accumulator<T>;
+template <Interpolation I, typename A>
+MAFNET_NOINLINE void find_row_ranges(const FlowWarpParams& p, int64_t begin, int64_t end,
+                                     RowRange* ranges) {
   constexpr int K = kTapsPerAxis<I>;
   A position[kBlock];
   AxisBlock<A, K> block;
@@ -453,9 +448,9 @@ void find_row_ranges(const FlowWarpParams& p, int64_t begin, int64_t end, RowRan
     RowRange range{p.height, -1};
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
       const int count = std::min(kBlock, p.out_width - x0);
-      read_positions<T, A>(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, 1, count,
-                           position);
-      plan_axis<I, A>(position, count, p.height, p.padding, block);
+      read_positions(p, r / p.out_height, static_cast<int>(r % p.out_height), x0, 1, count,
+                     position);
+      plan_axis<I>(position, count, p.height, p.padding, block);
       for (int k = 0; k < K; ++k) {
         for (int i = 0; i < count; ++i) {
           const int row = block.index[k][i];
@@ -547,7 +542,7 @@ void scatter_into_band(const FlowWarpParams& p, const RowRange* ranges,
     const RowRange range = ranges[band.n * p.out_height + y];
     if (range.last < band.first || range.first > band.last) continue;
     for (int x0 = 0; x0 < p.out_width; x0 += kBlock) {
-      plan_block<T, I>(p, band.n, y, x0, kBlock, plan);
+      plan_block<I>(p, band.n, y, x0, kBlock, plan);
       if (p.channels_last) {
         with_simd<T>([&]() MAFNET_INLINE_LAMBDA { scatter_channels_last<T>(p, plan, band); });
       } else {
@@ -639,8 +634,9 @@ void grad_flow(const FlowWarpParams& p, const T* zeros) {
 template <typename T, Interpolation I>
 void grad_input(const FlowWarpParams& p) {
   std::vector<RowRange> ranges(static_cast<size_t>(p.batch * p.out_height));
-  for_each_row(
-      p, [&](int64_t begin, int64_t end) { find_row_ranges<T, I>(p, begin, end, ranges.data()); });
+  for_each_row(p, [&](int64_t begin, int64_t end) {
+    find_row_ranges<I, Accumulator<T>>(p, begin, end, ranges.data());
+  });
   const int64_t tasks = p.batch * ((p.height + kBandRows - 1) / kBandRows);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Accumulator<T>> buffer;

@@ -106,36 +106,6 @@ MAFNET_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, cons
 
 // ------------------------------------------------------------------------------------------ sampling
 
-// The four corners of one sample: their channels (a row of zeros outside the image) and the fractions.
-struct Sample {
-  const float* corner[4];  // (y0, x0) (y0, x1) (y1, x0) (y1, x1)
-  int64_t pixel[4];        // index into the image, or -1 outside
-  float fy, fx;
-};
-
-// Where a coordinate falls; in the cells before -1 and after size nothing is read. NaN keeps a NaN fraction and
-// reads nothing.
-MAFNET_INLINE int cell(float position, int size, float& fraction) {
-  const float end = static_cast<float>(size);
-  position = position < -1.f ? -2.f : (position > end ? end : position);
-  const float base = std::floor(position);
-  fraction = position - base;
-  return position == position ? static_cast<int>(base) : -2;
-}
-
-MAFNET_INLINE Sample locate(const ModulatedDeformConv2dParams& p, const float* image, float y, float x,
-                            const float* zeros) {
-  Sample s;
-  const int y0 = cell(y, p.height, s.fy), x0 = cell(x, p.width, s.fx);
-  for (int i = 0; i < 4; ++i) {
-    const int yi = y0 + (i >> 1), xi = x0 + (i & 1);
-    const bool inside = yi >= 0 && yi < p.height && xi >= 0 && xi < p.width;
-    s.pixel[i] = inside ? int64_t{yi} * p.width + xi : -1;
-    s.corner[i] = inside ? image + s.pixel[i] * p.channels : zeros;
-  }
-  return s;
-}
-
 // A block of output pixels of one image and one group of the convolution.
 struct Block {
   int64_t n, first;
@@ -143,56 +113,122 @@ struct Block {
   int group;
 };
 
-// Calls body(pixel in block, tap, offset group, first channel, channels, sample, mask value) for every sample that
-// the block's group needs: the part of each offset group that lies in the convolution group.
+// One axis of the samples of one tap over a block: two neighbouring rows (or columns) of the image, brought into
+// range, with weights and slopes that are zero where the neighbour lies outside. NaN keeps NaN weights.
+struct Axis {
+  int index[2][kBlock];
+  float weight[2][kBlock];
+  float slope[2][kBlock];  // d weight / d coordinate: that of the cell [n, n + 1)
+};
+
+// The samples of one tap over a block.
+struct Plan {
+  Axis y, x;
+  float base_y[kBlock], base_x[kBlock];
+};
+
+MAFNET_INLINE void plan_axis(const float* position, int count, int size, Axis& axis) {
+  // Branch-free, so that it becomes vector code: selects, and unsigned comparisons for 0 <= index < size.
+  const float end = static_cast<float>(size);
+  const unsigned extent = static_cast<unsigned>(size);
+  for (int i = 0; i < count; ++i) {
+    float p = position[i];
+    p = p < -2.f ? -2.f : p;
+    p = p > end ? end : p;
+    const float base = std::floor(p), t = p - base;
+    const float known = base == base ? base : 0.f;  // NaN stays in t alone
+    const float nan = t == t ? 0.f : t;
+    const int low = static_cast<int>(known), high = low + 1;
+    const float low_inside = static_cast<unsigned>(low) < extent ? 1.f : 0.f;
+    const float high_inside = static_cast<unsigned>(high) < extent ? 1.f : 0.f;
+    axis.index[0][i] = std::min(std::max(low, 0), size - 1);
+    axis.index[1][i] = std::min(std::max(high, 0), size - 1);
+    axis.weight[0][i] = low_inside * (1 - t);
+    axis.weight[1][i] = high_inside * t;
+    axis.slope[0][i] = nan - low_inside;
+    axis.slope[1][i] = nan + high_inside;
+  }
+}
+
+// Where the pixels of a block begin in the input, without tap and offset.
+MAFNET_INLINE void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan) {
+  int row = static_cast<int>(b.first / p.out_width), column = static_cast<int>(b.first % p.out_width);
+  for (int i = 0; i < b.count; ++i) {
+    plan.base_y[i] = static_cast<float>(row * p.stride_h - p.padding_h);
+    plan.base_x[i] = static_cast<float>(column * p.stride_w - p.padding_w);
+    if (++column == p.out_width) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+MAFNET_INLINE void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int k, int64_t plane, Plan& plan) {
+  const float* dy = p.offset + 2 * plane * p.pixels() + b.first;
+  const float* dx = dy + p.pixels();
+  const float tap_y = static_cast<float>(k / p.kernel_w * p.dilation_h);
+  const float tap_x = static_cast<float>(k % p.kernel_w * p.dilation_w);
+  float y[kBlock], x[kBlock];
+  for (int i = 0; i < b.count; ++i) {
+    y[i] = plan.base_y[i] + tap_y + dy[i];
+    x[i] = plan.base_x[i] + tap_x + dx[i];
+  }
+  plan_axis(y, b.count, p.height, plan.y);
+  plan_axis(x, b.count, p.width, plan.x);
+}
+
+// The four corners of pixel i: offsets into the image in floats.
+struct Corners {
+  int64_t at[4];  // (y0, x0) (y0, x1) (y1, x0) (y1, x1)
+};
+
+MAFNET_INLINE Corners corners_of(const ModulatedDeformConv2dParams& p, const Plan& plan, int i) {
+  const int64_t row0 = int64_t{plan.y.index[0][i]} * p.width, row1 = int64_t{plan.y.index[1][i]} * p.width;
+  const int x0 = plan.x.index[0][i], x1 = plan.x.index[1][i];
+  return {{(row0 + x0) * p.channels, (row0 + x1) * p.channels, (row1 + x0) * p.channels, (row1 + x1) * p.channels}};
+}
+
+// Calls body(tap, offset group, plane of the offset group and tap, first channel, channels) for every tap and offset
+// group that the block's group needs, with the plan of that tap made.
 template <typename Body>
-MAFNET_INLINE void for_each_sample(const ModulatedDeformConv2dParams& p, const Block& b, const float* zeros,
-                                   const Body& body) {
-  const int taps = p.taps(), group_channels = p.channels / p.groups;
-  const int offset_channels = p.channels / p.offset_groups;
+MAFNET_INLINE void for_each_tap(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan, const Body& body) {
+  const int group_channels = p.channels / p.groups, offset_channels = p.channels / p.offset_groups;
   const int begin = b.group * group_channels, end = begin + group_channels;
-  const float* image = p.input + b.n * p.height * p.width * p.channels;
+  plan_block(p, b, plan);
   for (int g = begin / offset_channels; g * offset_channels < end; ++g) {
     const int low = std::max(begin, g * offset_channels);
     const int high = std::min(end, (g + 1) * offset_channels);
-    for (int k = 0; k < taps; ++k) {
-      const int64_t plane = (b.n * p.offset_groups + g) * taps + k;
-      const float* dy = p.offset + 2 * plane * p.pixels() + b.first;
-      const float* dx = dy + p.pixels();
-      const float* mask = p.mask == nullptr ? nullptr : p.mask + plane * p.pixels() + b.first;
-      const float tap_y = static_cast<float>(k / p.kernel_w * p.dilation_h - p.padding_h);
-      const float tap_x = static_cast<float>(k % p.kernel_w * p.dilation_w - p.padding_w);
-      int row = static_cast<int>(b.first / p.out_width), column = static_cast<int>(b.first % p.out_width);
-      for (int i = 0; i < b.count; ++i) {
-        const float y = static_cast<float>(row * p.stride_h) + tap_y + dy[i];
-        const float x = static_cast<float>(column * p.stride_w) + tap_x + dx[i];
-        const Sample s = locate(p, image, y, x, zeros);
-        body(i, k, g, low, high - low, s, mask == nullptr ? 1.f : mask[i]);
-        if (++column == p.out_width) {
-          column = 0;
-          ++row;
-        }
-      }
+    for (int k = 0; k < p.taps(); ++k) {
+      const int64_t plane = (b.n * p.offset_groups + g) * p.taps() + k;
+      plan_tap(p, b, k, plane, plan);
+      body(k, g, plane, low, high - low);
     }
   }
 }
 
 // columns[pixel][tap][channel of the group], masked.
-MAFNET_INLINE void fill_columns(const ModulatedDeformConv2dParams& p, const Block& b, const float* zeros,
-                                float* columns, int64_t row) {
+MAFNET_INLINE void fill_columns(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan, float* columns,
+                                int64_t row) {
   const int group_channels = p.channels / p.groups, begin = b.group * group_channels;
-  for_each_sample(p, b, zeros, [&](int i, int k, int, int low, int channels, const Sample& s, float m)
-                  MAFNET_INLINE_LAMBDA {
-    float* out = columns + i * row + k * group_channels + (low - begin);
-    const float w00 = m * (1 - s.fy) * (1 - s.fx), w01 = m * (1 - s.fy) * s.fx;
-    const float w10 = m * s.fy * (1 - s.fx), w11 = m * s.fy * s.fx;
-    const float *x00 = s.corner[0] + low, *x01 = s.corner[1] + low, *x10 = s.corner[2] + low, *x11 = s.corner[3] + low;
-    int c = 0;
-    for (; c + kChannelLanes <= channels; c += kChannelLanes) {
-      store(out + c, w00 * load_as<Vector8>(x00 + c) + w01 * load_as<Vector8>(x01 + c) +
-                         w10 * load_as<Vector8>(x10 + c) + w11 * load_as<Vector8>(x11 + c));
+  const float* image = p.input + b.n * p.height * p.width * p.channels;
+  for_each_tap(p, b, plan, [&](int k, int, int64_t plane, int low, int channels) MAFNET_INLINE_LAMBDA {
+    const float* mask = p.mask == nullptr ? nullptr : p.mask + plane * p.pixels() + b.first;
+    for (int i = 0; i < b.count; ++i) {
+      const float m = mask == nullptr ? 1.f : mask[i];
+      const float y0 = m * plan.y.weight[0][i], y1 = m * plan.y.weight[1][i];
+      const float x0 = plan.x.weight[0][i], x1 = plan.x.weight[1][i];
+      const float w00 = y0 * x0, w01 = y0 * x1, w10 = y1 * x0, w11 = y1 * x1;
+      const Corners corners = corners_of(p, plan, i);
+      const float *c00 = image + corners.at[0] + low, *c01 = image + corners.at[1] + low;
+      const float *c10 = image + corners.at[2] + low, *c11 = image + corners.at[3] + low;
+      float* out = columns + i * row + k * group_channels + (low - begin);
+      int c = 0;
+      for (; c + kChannelLanes <= channels; c += kChannelLanes) {
+        store(out + c, w00 * load_as<Vector8>(c00 + c) + w01 * load_as<Vector8>(c01 + c) +
+                           w10 * load_as<Vector8>(c10 + c) + w11 * load_as<Vector8>(c11 + c));
+      }
+      for (; c < channels; ++c) out[c] = w00 * c00[c] + w01 * c01[c] + w10 * c10[c] + w11 * c11[c];
     }
-    for (; c < channels; ++c) out[c] = w00 * x00[c] + w01 * x01[c] + w10 * x10[c] + w11 * x11[c];
   });
 }
 
@@ -224,7 +260,8 @@ void forward_block(const ModulatedDeformConv2dParams& p, const Block& b, const f
                    float* columns, float* result) {
   const int out = p.out_channels / p.groups, depth = p.taps() * (p.channels / p.groups);
   with_simd([&]() MAFNET_INLINE_LAMBDA {
-    fill_columns(p, b, zeros, columns, depth);
+    Plan plan;
+    fill_columns(p, b, plan, columns, depth);
     multiply(columns, depth, 1, packed + int64_t{b.group} * depth * padded(out), padded(out), b.count, depth,
              padded(out), result, padded(out), false);
     const float* bias = p.bias == nullptr ? zeros : p.bias + b.group * out;
@@ -237,49 +274,61 @@ void forward_block(const ModulatedDeformConv2dParams& p, const Block& b, const f
 
 // ------------------------------------------------------------------------------------------ backward
 
+MAFNET_INLINE float dot(const float* a, const float* b, int channels) {
+  Vector8 partial{};
+  int c = 0;
+  for (; c + kChannelLanes <= channels; c += kChannelLanes) partial += load_as<Vector8>(a + c) * load_as<Vector8>(b + c);
+  float sum = sum_of(partial);
+  for (; c < channels; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+MAFNET_INLINE void add_scaled(const float* a, float scale, int channels, float* out) {
+  int c = 0;
+  for (; c + kChannelLanes <= channels; c += kChannelLanes) {
+    store(out + c, load_as<Vector8>(out + c) + scale * load_as<Vector8>(a + c));
+  }
+  for (; c < channels; ++c) out[c] += scale * a[c];
+}
+
 // Gradients of one block from those of its columns: offset and mask are written, input is added to.
-MAFNET_INLINE void scatter_columns(const ModulatedDeformConv2dParams& p, const Block& b, const float* zeros,
+MAFNET_INLINE void scatter_columns(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan,
                                    const float* grad_columns, int64_t row) {
-  const int taps = p.taps(), group_channels = p.channels / p.groups, begin = b.group * group_channels;
-  float* grad_image = p.grad_input + b.n * p.height * p.width * p.channels;
-  for_each_sample(p, b, zeros, [&](int i, int k, int g, int low, int channels, const Sample& s, float m)
-                  MAFNET_INLINE_LAMBDA {
-    const float* grad = grad_columns + i * row + k * group_channels + (low - begin);
-    float dot[4];
-    for (int j = 0; j < 4; ++j) {
-      const float* x = s.corner[j] + low;
-      Vector8 partial{};
-      int c = 0;
-      for (; c + kChannelLanes <= channels; c += kChannelLanes) {
-        partial += load_as<Vector8>(grad + c) * load_as<Vector8>(x + c);
-      }
-      dot[j] = sum_of(partial);
-      for (; c < channels; ++c) dot[j] += grad[c] * x[c];
-    }
-    const float gy = 1 - s.fy, gx = 1 - s.fx;
-    const int64_t plane = (b.n * p.offset_groups + g) * taps + k;
+  const int group_channels = p.channels / p.groups, begin = b.group * group_channels;
+  const int64_t first_pixel = b.n * p.height * p.width * p.channels;
+  const float* image = p.input + first_pixel;
+  float* grad_image = p.grad_input + first_pixel;
+  for_each_tap(p, b, plan, [&](int k, int g, int64_t plane, int low, int channels) MAFNET_INLINE_LAMBDA {
+    const int64_t at = plane * p.pixels() + b.first;
+    const float* mask = p.mask == nullptr ? nullptr : p.mask + at;
+    float* grad_mask = p.grad_mask == nullptr ? nullptr : p.grad_mask + at;
+    float* grad_dy = p.grad_offset + 2 * plane * p.pixels() + b.first;
+    float* grad_dx = grad_dy + p.pixels();
     // An offset group that straddles convolution groups gets a part from each; the first one writes.
     const bool first = low == g * (p.channels / p.offset_groups);
-    float* grad_dy = p.grad_offset + 2 * plane * p.pixels() + b.first + i;
-    float* grad_dx = grad_dy + p.pixels();
-    const float to_y = m * (gx * (dot[2] - dot[0]) + s.fx * (dot[3] - dot[1]));
-    const float to_x = m * (gy * (dot[1] - dot[0]) + s.fy * (dot[3] - dot[2]));
-    *grad_dy = to_y + (first ? 0.f : *grad_dy);
-    *grad_dx = to_x + (first ? 0.f : *grad_dx);
-    if (p.grad_mask != nullptr) {
-      float* grad_mask = p.grad_mask + plane * p.pixels() + b.first + i;
-      const float to_mask = gy * (gx * dot[0] + s.fx * dot[1]) + s.fy * (gx * dot[2] + s.fx * dot[3]);
-      *grad_mask = to_mask + (first ? 0.f : *grad_mask);
-    }
-    const float weight[4] = {m * gy * gx, m * gy * s.fx, m * s.fy * gx, m * s.fy * s.fx};
-    for (int j = 0; j < 4; ++j) {
-      if (s.pixel[j] < 0) continue;
-      float* out = grad_image + s.pixel[j] * p.channels + low;
-      int c = 0;
-      for (; c + kChannelLanes <= channels; c += kChannelLanes) {
-        store(out + c, load_as<Vector8>(out + c) + weight[j] * load_as<Vector8>(grad + c));
+    for (int i = 0; i < b.count; ++i) {
+      const float m = mask == nullptr ? 1.f : mask[i];
+      const float *wy[2] = {plan.y.weight[0], plan.y.weight[1]}, *wx[2] = {plan.x.weight[0], plan.x.weight[1]};
+      const float* grad = grad_columns + i * row + k * group_channels + (low - begin);
+      const Corners corners = corners_of(p, plan, i);
+      float by_row[2], by_row_slope[2];  // the corners of a row, blended by the weights and by the slopes in x
+      for (int j = 0; j < 2; ++j) {
+        const float left = dot(grad, image + corners.at[2 * j] + low, channels);
+        const float right = dot(grad, image + corners.at[2 * j + 1] + low, channels);
+        by_row[j] = wx[0][i] * left + wx[1][i] * right;
+        by_row_slope[j] = plan.x.slope[0][i] * left + plan.x.slope[1][i] * right;
       }
-      for (; c < channels; ++c) out[c] += weight[j] * grad[c];
+      const float to_y = m * (plan.y.slope[0][i] * by_row[0] + plan.y.slope[1][i] * by_row[1]);
+      const float to_x = m * (wy[0][i] * by_row_slope[0] + wy[1][i] * by_row_slope[1]);
+      const float to_mask = wy[0][i] * by_row[0] + wy[1][i] * by_row[1];
+      grad_dy[i] = to_y + (first ? 0.f : grad_dy[i]);
+      grad_dx[i] = to_x + (first ? 0.f : grad_dx[i]);
+      if (grad_mask != nullptr) grad_mask[i] = to_mask + (first ? 0.f : grad_mask[i]);
+      for (int j = 0; j < 4; ++j) {
+        const float weight = m * wy[j >> 1][i] * wx[j & 1][i];
+        // Zero outside the image; NaN sends nothing.
+        if (weight > 0 || weight < 0) add_scaled(grad, weight, channels, grad_image + corners.at[j] + low);
+      }
     }
   });
 }
@@ -290,7 +339,7 @@ struct Scratch {
 };
 
 void backward_block(const ModulatedDeformConv2dParams& p, const Block& b, const float* weight_rows,
-                    const float* zeros, float* grad_packed, Scratch& scratch) {
+                    float* grad_packed, Scratch& scratch) {
   const int out = p.out_channels / p.groups, depth = p.taps() * (p.channels / p.groups);
   float* columns = scratch.columns.data();
   float* grad_columns = scratch.grad_columns.data();
@@ -301,12 +350,13 @@ void backward_block(const ModulatedDeformConv2dParams& p, const Block& b, const 
       std::copy(g, g + out, grad + i * padded(out));
       std::fill(grad + i * padded(out) + out, grad + (i + 1) * padded(out), 0.f);
     }
-    fill_columns(p, b, zeros, columns, depth);
+    Plan plan;
+    fill_columns(p, b, plan, columns, depth);
     multiply(columns, 1, depth, grad, padded(out), depth, b.count, padded(out),
              grad_packed + int64_t{b.group} * depth * padded(out), padded(out), true);
     multiply(grad, padded(out), 1, weight_rows + int64_t{b.group} * out * padded(depth), padded(depth), b.count,
              out, padded(depth), grad_columns, padded(depth), false);
-    scatter_columns(p, b, zeros, grad_columns, padded(depth));
+    scatter_columns(p, b, plan, grad_columns, padded(depth));
   });
 }
 
@@ -343,7 +393,7 @@ int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p,
   const int64_t blocks = blocks_of(p);
   if (p.batch * blocks == 0) return 0;
   const std::vector<float> packed = pack_weight(p);
-  const std::vector<float> zeros(static_cast<size_t>(std::max(p.channels, p.out_channels)), 0.f);
+  const std::vector<float> zeros(static_cast<size_t>(p.out_channels), 0.f);  // where there is no bias
   torch::stable::parallel_for(0, p.batch * blocks, 4, [&](int64_t begin, int64_t end) {
     const int out = padded(p.out_channels / p.groups);
     std::vector<float> columns(static_cast<size_t>(kBlock) * p.taps() * (p.channels / p.groups));
@@ -363,7 +413,6 @@ int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& p
   const int out = padded(p.out_channels / p.groups), depth = p.taps() * (p.channels / p.groups);
   const size_t packed_size = static_cast<size_t>(p.groups) * depth * out;
   const std::vector<float> weight_rows = transpose_weight(p);
-  const std::vector<float> zeros(static_cast<size_t>(p.channels), 0.f);
   std::vector<float> grad_packed(packed_size * p.batch, 0.f);
   torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
@@ -374,7 +423,7 @@ int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& p
       std::fill_n(p.grad_input + n * image, image, 0.f);
       for (int64_t index = 0; index < blocks; ++index) {
         for (int group = 0; group < p.groups; ++group) {
-          backward_block(p, block_of(p, n, index, group), weight_rows.data(), zeros.data(),
+          backward_block(p, block_of(p, n, index, group), weight_rows.data(),
                          grad_packed.data() + n * packed_size, scratch);
         }
       }

@@ -200,7 +200,7 @@ def test_block_and_vector_boundaries(layout: str, channels: int, width: int) -> 
     actual = run(
         laid_out(fp32[0], layout), fp32[1], laid_out(fp32[2], layout), flow_warp, "bicubic"
     )
-    baseline = run(*fp32, warp_grid_sample, "bicubic", "zeros")
+    baseline = run(fp32[0], fp32[1], fp32[2], warp_grid_sample, "bicubic", "zeros")
     for name, a, b, e in zip(("output", "grad_input", "grad_flow"), actual, baseline, exact):
         assert_as_accurate(a, b, e, name)
 
@@ -250,12 +250,12 @@ def test_is_as_accurate_as_pytorch(
         (uniform(2, *size, 2, reach=9.0, seed=1) * 4).round().div(4).add(1 / 8).float().to(device)
     )
     args = [t.double() for t in (input, flow, grad)]
-    exact = run(*args, flow_warp, interpolation, padding_mode)
+    exact = run(args[0], args[1], args[2], flow_warp, interpolation, padding_mode)
     fp32 = [t.float() for t in (input, flow, grad)]
     baseline = [
         b.to(d)
         for b, d in zip(
-            run(*fp32, warp_grid_sample, interpolation, padding_mode),
+            run(fp32[0], fp32[1], fp32[2], warp_grid_sample, interpolation, padding_mode),
             (dtype, dtype, torch.float32),
         )
     ]
@@ -579,7 +579,8 @@ def test_torch_func_transforms() -> None:
     for a, e in zip(forward, reverse):
         assert_rounding_only(a, e, TERMS, 4)
     tangents = uniform(1, 2, 3, 4, seed=5), uniform(1, 3, 4, 2, seed=6)
-    output, tangent = torch.func.jvp(flow_warp, (input, flow), tangents)
+    jvp: Any = torch.func.jvp(flow_warp, (input, flow), tangents)
+    output, tangent = jvp
     assert_same(output, flow_warp(input, flow))
     by_hand = (reverse[0] * tangents[0]).sum((4, 5, 6, 7)) + (reverse[1] * tangents[1]).sum(
         (4, 5, 6, 7)
@@ -594,7 +595,7 @@ def test_hessian_of_flow() -> None:
         return flow_warp(input, f).square().sum()
 
     f = flow.clone().requires_grad_()
-    expected = torch.autograd.functional.hessian(loss, f)
+    expected: Any = torch.autograd.functional.hessian(loss, f)
     assert expected.abs().max() > 0
     for hessian in (torch.func.hessian(loss)(flow), torch.func.jacrev(torch.func.grad(loss))(flow)):
         assert_rounding_only(hessian, expected, TERMS * 4, 4)

@@ -1,0 +1,632 @@
+"""pyramid_spatial_attention and its parts: every size, both oracles, gradients, dtypes, layouts, errors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import (
+    conv_loop,
+    gate_loop,
+    leaky_relu_loop,
+    pool_concat_loop,
+    pyramid_loop,
+    resize_loop,
+    to_array,
+)
+from tolerances import assert_as_accurate, assert_rounding_only, assert_same
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+
+from mafnet_ops import (
+    PyramidSpatialAttention,
+    pool_concat,
+    pool_concat_conv,
+    pyramid_spatial_attention,
+    resize_add,
+    spatial_gate,
+)
+from mafnet_ops.pyramid_spatial_attention import LAYERS
+
+LOW = [torch.float32, torch.float16, torch.bfloat16]
+DOUBLE = torch.float64
+EVERY_SIZE = [(h, w) for h in range(1, 10) for w in range(1, 10)]
+KERNELS = {"pool_2": 3, "conv_2": 3, "mask": 3}
+
+
+def uniform(*shape: int, dtype: torch.dtype = DOUBLE, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + math.prod(shape))
+    return (torch.rand(shape, generator=generator, dtype=DOUBLE) * 2 - 1).to(dtype)
+
+
+def parameters(channels: int, dtype: torch.dtype = DOUBLE) -> tuple[list[Tensor], list[Tensor]]:
+    """Eight weights of unit sums at most, so that no activation is above 2, and biases."""
+    weights, biases = [], []
+    for seed, name in enumerate(LAYERS):
+        fan_in = 2 * channels if name.startswith("pool") else channels
+        kernel = KERNELS.get(name, 1)
+        weight = uniform(channels, fan_in, kernel, kernel, seed=seed) / (fan_in * kernel**2) * 2
+        weights.append(weight.to(dtype))
+        biases.append(uniform(channels, dtype=dtype, seed=seed))
+    return weights, biases
+
+
+class Chain(nn.Module):
+    """The network of Fig. 2b from torch.nn alone; the names are those of the state dict."""
+
+    def __init__(self, channels: int, mask_from: str = "m", scale: float = 2.0) -> None:
+        super().__init__()
+        self.mask_from, self.scale = mask_from, scale
+        self.max_pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.avg_pool = nn.AvgPool2d(3, stride=2, padding=1)
+        self.lrelu = nn.LeakyReLU(0.1)
+        for name in LAYERS:
+            fan_in = 2 * channels if name.startswith("pool") else channels
+            kernel = KERNELS.get(name, 1)
+            conv = nn.Conv2d(fan_in, channels, kernel, padding=kernel // 2)
+            self.add_module(name, conv)
+
+    def level(self, name: str, x: Tensor) -> Tensor:
+        return self.lrelu(self.get_submodule(name)(x))
+
+    def pooled(self, name: str, x: Tensor) -> Tensor:
+        return self.level(name, torch.cat([self.max_pool(x), self.avg_pool(x)], dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        level_1 = self.pooled("pool_1", self.level("reduce", x))
+        level_2 = self.level("conv_2", self.pooled("pool_2", self.level("level_2", level_1)))
+        up = nn.Upsample(level_1.shape[2:], mode="bilinear")(level_2)
+        up = nn.Upsample(x.shape[2:], mode="bilinear")(self.level("add", up + level_1))
+        mask = self.get_submodule("mask")(up)
+        feature = self.level("feature", mask)
+        gate = torch.sigmoid(mask if self.mask_from == "m" else feature)
+        return x * gate * self.scale + feature
+
+
+def chain(
+    channels: int, weights: list[Tensor], biases: list[Tensor], mask_from: str = "m"
+) -> nn.Module:
+    module = Chain(channels, mask_from).to(weights[0].dtype)
+    state = {f"{name}.weight": weight for name, weight in zip(LAYERS, weights)}
+    state.update({f"{name}.bias": bias for name, bias in zip(LAYERS, biases)})
+    module.load_state_dict(state)
+    return module.requires_grad_(False)
+
+
+def arrays(tensors: list[Tensor]) -> dict[str, Any]:
+    return dict(zip(LAYERS, (to_array(t) for t in tensors)))
+
+
+# ---------------------------------------------------------------------------------- values, every size
+
+# Each of the eight stages is a sum of at most 18 products of factors below 2, on values below 4.
+TERMS = 8 * 18
+
+
+@pytest.mark.parametrize("mask_from", ["m", "feature"])
+def test_every_size_equals_both_oracles(mask_from: str) -> None:
+    weights, biases = parameters(2)
+    module = chain(2, weights, biases, mask_from)
+    for size in EVERY_SIZE:
+        image = uniform(2, 2, *size)
+        out = pyramid_spatial_attention(image, weights, biases, mask_from=mask_from)
+        assert_rounding_only(out, module(image), TERMS, 8)
+        expected = [
+            pyramid_loop(to_array(x), arrays(weights), arrays(biases), mask_from=mask_from)
+            for x in image
+        ]
+        expected = torch.stack([torch.from_numpy(x) for x in expected])
+        assert_rounding_only(out, expected, TERMS, 8)
+
+
+def test_pool_concat_of_every_size() -> None:
+    for size in EVERY_SIZE:
+        image = uniform(1, 3, *size) - 2  # all negative: padding must not win the maximum
+        expected = torch.from_numpy(pool_concat_loop(to_array(image)[0]))[None]
+        out = pool_concat(image)
+        assert out.shape == (1, 6, -(-size[0] // 2), -(-size[1] // 2))
+        assert_same(out[:, :3], expected[:, :3])
+        assert_rounding_only(out[:, 3:], expected[:, 3:], 10, 3)
+
+
+def test_average_counts_the_padding() -> None:
+    out = pool_concat(torch.ones(1, 1, 1, 1))
+    assert out[0, 0].item() == 1
+    assert out[0, 1].item() == pytest.approx(1 / 9, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("slope", [0.1, 0.3])
+def test_pool_concat_conv(kernel: int, slope: float) -> None:
+    weight, bias = uniform(5, 6, kernel, kernel), uniform(5)
+    for size in ((1, 1), (1, 4), (5, 2), (6, 7)):
+        image = uniform(1, 3, *size)
+        pooled = pool_concat_loop(to_array(image)[0])
+        conv = conv_loop(pooled, to_array(weight), to_array(bias))
+        expected = torch.from_numpy(leaky_relu_loop(conv, slope))[None]
+        out = pool_concat_conv(image, weight, bias, slope)
+        assert_rounding_only(out, expected, 6 * kernel**2 + 10)
+        bare = pool_concat_conv(image, weight, None, slope)
+        assert_same(bare, pool_concat_conv(image, weight, bias * 0, slope))
+
+
+def test_resize_add_of_every_size() -> None:
+    for small in ((1, 1), (1, 3), (4, 2), (5, 5)):
+        for size in EVERY_SIZE:
+            image, other = uniform(1, 2, *small), uniform(1, 2, *size, seed=1)
+            expected = resize_loop(to_array(image)[0], *size) + to_array(other)[0]
+            assert_rounding_only(resize_add(image, other), torch.from_numpy(expected)[None], 20)
+
+
+@pytest.mark.parametrize("mask_from", ["m", "feature"])
+@pytest.mark.parametrize("scale, slope", [(2.0, 0.1), (1.0, 0.3)])
+def test_spatial_gate(mask_from: str, scale: float, slope: float) -> None:
+    image, mask = uniform(1, 3, 4, 5), uniform(1, 3, 4, 5, seed=1)
+    weight, bias = uniform(3, 3, 1, 1), uniform(3)
+    args = [to_array(t) for t in (weight, bias)]
+    expected = gate_loop(to_array(image)[0], to_array(mask)[0], *args, scale, slope, mask_from)
+    out = spatial_gate(image, mask, weight, bias, scale, slope, mask_from)
+    assert_rounding_only(out, torch.from_numpy(expected)[None], 12, 3)
+    bare = spatial_gate(image, mask, weight, None, scale, slope, mask_from)
+    assert_same(bare, spatial_gate(image, mask, weight, bias * 0, scale, slope, mask_from))
+
+
+def test_an_untrained_gate_is_neutral() -> None:
+    image = uniform(1, 3, 4, 5)
+    assert_same(spatial_gate(image, image * 0, uniform(3, 3, 1, 1)), image)
+
+
+# ----------------------------------------------------------------------------------------- gradients
+
+
+Call = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def part_calls(batch: int, channels: int, size: tuple[int, int]) -> dict[str, Call]:
+    """Every op as a function of its tensors; random values have no ties in the maximum."""
+    weights, biases = parameters(channels)
+    image = uniform(batch, channels, *size)
+    other = uniform(*image.shape, seed=1)
+    small = uniform(batch, channels, max(size[0] // 2, 1), max(size[1] // 2, 1))
+
+    def pyramid(x: Tensor, *rest: Tensor) -> Tensor:
+        return pyramid_spatial_attention(x, rest[:8], rest[8:])
+
+    return {
+        "pool_concat": (pool_concat, [image]),
+        "pool_concat_conv": (
+            pool_concat_conv,
+            [image, uniform(3, 2 * channels, 3, 3), uniform(3)],
+        ),
+        "resize_add": (resize_add, [small, image]),
+        "spatial_gate": (spatial_gate, [image, other, weights[-1], biases[-1]]),
+        "pyramid_spatial_attention": (pyramid, [image, *weights, *biases]),
+    }
+
+
+PARTS = part_calls(1, 2, (5, 4))
+PARTS["pyramid of one pixel"] = part_calls(1, 2, (1, 1))["pyramid_spatial_attention"]
+all_parts = pytest.mark.parametrize("name", PARTS)
+
+
+def gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    out.backward(uniform(*out.shape).to(out.dtype))
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@all_parts
+def test_gradcheck_twice(name: str) -> None:
+    function, tensors = PARTS[name]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    assert gradcheck(function, leaves, fast_mode=len(leaves) > 4)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 8), (7, 1), (9, 6)])
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision_values_and_gradients(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Against the chain of torch.nn modules in the same dtype, and in fp64 from the same numbers."""
+    weights, biases = parameters(8, dtype)
+    image = uniform(2, 8, *size, dtype=dtype)
+    modules = [
+        chain(8, weights, biases),
+        chain(8, *([t.double() for t in p] for p in (weights, biases))),
+    ]
+    out = pyramid_spatial_attention(image, weights, biases)
+    baseline, exact = modules[0](image), modules[1](image.double())
+    assert_as_accurate(out, baseline, exact, "values", TERMS)
+
+    leaves = [image, *weights, *biases]
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return pyramid_spatial_attention(x, rest[:8], rest[8:])
+
+    actual = gradients(call, leaves)
+    references = []
+    for module, x in zip(modules, (image, image.double())):
+        for parameter in module.parameters():
+            parameter.requires_grad_().grad = None
+        x = x.clone().requires_grad_()
+        result = module(x)
+        result.backward(uniform(*result.shape).to(dtype).to(result.dtype))
+        layers = [module.get_submodule(name) for name in LAYERS]
+        grads = [x.grad, *(c.weight.grad for c in layers), *(c.bias.grad for c in layers)]
+        references.append(grads)
+    assert len(actual) == len(references[0]) == 17
+    for a, b, e in zip(actual, *references):
+        assert_as_accurate(a, b, e, "gradient", TERMS)
+
+
+# --------------------------------------------------------------- dtypes, layouts, edges, determinism
+
+
+@all_parts
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_layouts(name: str, dtype: torch.dtype) -> None:
+    function, tensors = PARTS[name]
+    tensors = [t.to(dtype) for t in tensors]
+    expected = function(*tensors)
+    assert expected.dtype == dtype
+    padded = [F.pad(t, (1, 2, 1, 0), value=math.nan)[..., 1:, 1:-2] for t in tensors[:1]]
+    variants = {
+        "channels_last": tensors[0].contiguous(memory_format=torch.channels_last),
+        "transposed": tensors[0].mT.contiguous().mT,
+        "slice": padded[0],
+    }
+    for variant in variants.values():
+        out = function(variant, *tensors[1:])
+        # Another layout may take another order of summation.
+        assert_as_accurate(out, expected, expected.double(), terms=TERMS)
+
+
+def test_channels_last_in_channels_last_out() -> None:
+    weights, biases = parameters(4)
+    image = uniform(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    gated = spatial_gate(image, image, weights[-1], biases[-1])
+    for out in (
+        pool_concat(image),
+        pool_concat_conv(image, weights[1], biases[1]),
+        resize_add(image, F.pad(image, (0, 3)).contiguous(memory_format=torch.channels_last)),
+        gated,
+        pyramid_spatial_attention(image, weights, biases),
+    ):
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@all_parts
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_batch_0(name: str, dtype: torch.dtype) -> None:
+    function, tensors = PARTS[name]
+    tensors = [
+        t[:0].to(dtype) if t.dim() == 4 and i == 0 else t.to(dtype) for i, t in enumerate(tensors)
+    ]
+    if name in ("resize_add", "spatial_gate"):
+        tensors[1] = tensors[1][:0]
+    full = function(*(t.to(dtype) for t in PARTS[name][1]))
+    assert function(*tensors).shape == (0, *full.shape[1:])
+    for tensor, grad in zip(tensors, gradients(function, tensors)):
+        assert grad.shape == tensor.shape
+        assert not grad.any()
+
+
+def test_biases_may_be_none() -> None:
+    weights, biases = parameters(2)
+    image = uniform(1, 2, 5, 4)
+    expected = pyramid_spatial_attention(image, weights, [b * 0 for b in biases])
+    assert_same(pyramid_spatial_attention(image, weights, [None] * 8), expected)
+
+
+def test_negative_slope_and_scale_reach_every_stage() -> None:
+    weights, biases = parameters(2)
+    image = uniform(1, 2, 5, 4)
+    args = to_array(image)[0], arrays(weights), arrays(biases)
+    out = pyramid_spatial_attention(image, weights, biases, 1.5, 0.3)
+    expected = torch.from_numpy(pyramid_loop(*args, 1.5, 0.3))[None]
+    assert_rounding_only(out, expected, TERMS, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Convolutions in ``dtype``, gate and sum in fp32 with an fp32 input."""
+    weights, biases = (list(p) for p in parameters(8, torch.float32))
+    image = uniform(1, 8, 9, 7, dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        out = pyramid_spatial_attention(image, weights, biases)
+        baseline = chain(8, weights, biases)(image)
+    assert out.dtype == baseline.dtype
+    module = chain(8, *([t.double() for t in p] for p in (weights, biases)))
+    assert_as_accurate(out, baseline, module(image.double()), terms=TERMS)
+
+
+def test_nan_stays_within_its_reach() -> None:
+    """A pixel reaches less than 32 pixels around it, through two poolings and four 3 x 3 convolutions."""
+    weights, biases = parameters(2)
+    image = uniform(1, 2, 3, 80)
+    clean = pyramid_spatial_attention(image, weights, biases)
+    image[0, 0, 0, 0] = math.nan
+    out = pyramid_spatial_attention(image, weights, biases)
+    assert out[..., 0, 0].isnan().all()
+    assert_same(out[..., 32:], clean[..., 32:])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_deterministic_over_runs(dtype: torch.dtype, two_threads: None) -> None:
+    weights, biases = parameters(8, dtype)
+    leaves = [uniform(2, 8, 17, 19, dtype=dtype), *weights, *biases]
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return pyramid_spatial_attention(x, rest[:8], rest[8:])
+
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        a, b = ([call(*leaves), *gradients(call, leaves)] for _ in range(2))
+        for x, y in zip(a, b):
+            assert_same(x, y)
+
+
+@pytest.mark.parametrize("name", part_calls(1, 1, (1, 1)))
+def test_compile_fullgraph_with_dynamic_shapes(name: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled: Callable[..., Tensor] | None = None
+    # No size of the first call equals another of its dimensions by chance: Dynamo would tie them.
+    for size in ((37, 45), (53, 62)):
+        function, tensors = part_calls(5, 4, size)[name]
+        if compiled is None:
+            compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+        for a, e in zip(gradients(compiled, tensors), gradients(function, tensors)):
+            # An element is a sum over at most all pixels of the batch.
+            assert_rounding_only(a, e, 5 * size[0] * size[1], 8)
+    assert counter.frame_count == 1
+    assert counter.op_count > 0
+
+
+# -------------------------------------------------------------------------------------------- errors
+
+_X = torch.zeros(2, 3, 4, 5)
+_W = torch.zeros(3, 3, 1, 1)
+_B = torch.zeros(3)
+_FLOATS = "expected dtype float64, float32, float16 or bfloat16, got torch.int64"
+_GATE = dict(input=_X, mask=_X, weight=_W)
+_CONV = dict(input=_X, weight=torch.zeros(4, 6, 3, 3))
+Error = tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]
+ERRORS: list[Error] = [
+    (pool_concat, dict(input=None), TypeError, "input: expected a torch.Tensor, got NoneType"),
+    (pool_concat, dict(input=_X.long()), TypeError, f"input: {_FLOATS}"),
+    (
+        pool_concat,
+        dict(input=_X[0]),
+        ValueError,
+        "input: expected 4 dimensions, got shape (3, 4, 5)",
+    ),
+    (
+        pool_concat,
+        dict(input=_X[:, :, :0]),
+        ValueError,
+        "input: expected H and W of at least 1, got (2, 3, 0, 5)",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "input": _X[..., :0]},
+        ValueError,
+        "input: expected H and W of at least 1, got (2, 3, 4, 0)",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "weight": [0]},
+        TypeError,
+        "weight: expected a torch.Tensor, got list",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "weight": torch.zeros(4, 3, 3, 3)},
+        ValueError,
+        "weight: expected (C_out, 2 * C, k, k) = (4, 6, 3, 3), got (4, 3, 3, 3)",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "weight": torch.zeros(4, 6, 1, 3)},
+        ValueError,
+        "weight: expected (C_out, 2 * C, k, k) = (4, 6, 3, 3), got (4, 6, 1, 3)",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "weight": torch.zeros(4, 6, 2, 2)},
+        ValueError,
+        "weight: expected an odd kernel size, got 2",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "weight": _CONV["weight"].double()},
+        TypeError,
+        "weight: expected dtype torch.float32 as input, got torch.float64",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "weight": _CONV["weight"].to("meta")},
+        ValueError,
+        "weight: expected device cpu as input, got meta",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "bias": _B},
+        ValueError,
+        "bias: expected (C_out,) = (4,), got (3,)",
+    ),
+    (
+        pool_concat_conv,
+        {**_CONV, "bias": _W},
+        ValueError,
+        "bias: expected 1 dimensions, got shape (3, 3, 1, 1)",
+    ),
+    (
+        resize_add,
+        dict(input=_X, other=_X[:, :2]),
+        ValueError,
+        "input: expected N and C of other = (2, 2, 4, 5), got (2, 3, 4, 5)",
+    ),
+    (
+        resize_add,
+        dict(input=_X, other=_X[..., :0]),
+        ValueError,
+        "other: expected H and W of at least 1, got (2, 3, 4, 0)",
+    ),
+    (
+        resize_add,
+        dict(input=_X[:, :, :0], other=_X),
+        ValueError,
+        "input: expected H and W of at least 1, got (2, 3, 0, 5)",
+    ),
+    (resize_add, dict(input=_X.long(), other=_X), TypeError, f"input: {_FLOATS}"),
+    (resize_add, dict(input=_X, other=1), TypeError, "other: expected a torch.Tensor, got int"),
+    (
+        resize_add,
+        dict(input=_X, other=_X.to("meta")),
+        ValueError,
+        "other: expected device cpu as input, got meta",
+    ),
+    (
+        spatial_gate,
+        {**_GATE, "mask": _X[..., :4]},
+        ValueError,
+        "mask: expected the shape of input = (2, 3, 4, 5), got (2, 3, 4, 4)",
+    ),
+    (
+        spatial_gate,
+        {**_GATE, "mask": _X.to("meta")},
+        ValueError,
+        "mask: expected device cpu as input, got meta",
+    ),
+    (
+        spatial_gate,
+        {**_GATE, "weight": torch.zeros(3, 3, 3, 3)},
+        ValueError,
+        "weight: expected (C, C, 1, 1) = (3, 3, 1, 1), got (3, 3, 3, 3)",
+    ),
+    (
+        spatial_gate,
+        {**_GATE, "bias": torch.zeros(4)},
+        ValueError,
+        "bias: expected (C_out,) = (3,), got (4,)",
+    ),
+    (
+        spatial_gate,
+        {**_GATE, "mask_from": "mask"},
+        ValueError,
+        "mask_from: expected 'm' or 'feature', got 'mask'",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "function, given, error, message", ERRORS, ids=[f"{e[0].__name__} {e[3]}" for e in ERRORS]
+)
+def test_errors_of_the_parts(
+    function: Callable[..., Tensor], given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{function.__name__}: {re.escape(message)}$"):
+        function(**given)
+
+
+def replaced(values: list[Any], index: int, value: Any) -> list[Any]:
+    return [*values[:index], value, *values[index + 1 :]]
+
+
+WEIGHTS, BIASES = parameters(3, torch.float32)
+PYRAMID_ERRORS = [
+    (dict(input=None), TypeError, "input: expected a torch.Tensor, got NoneType"),
+    (
+        dict(input=_X[:, :, :0]),
+        ValueError,
+        "input: expected H and W of at least 1, got (2, 3, 0, 5)",
+    ),
+    (dict(weights=WEIGHTS[:7]), ValueError, f"weights: expected 8 tensors {LAYERS}, got 7"),
+    (dict(biases=BIASES[:7]), ValueError, "biases: expected 8 tensors or None, got 7"),
+    (
+        dict(weights=replaced(WEIGHTS, 3, WEIGHTS[4])),
+        ValueError,
+        "weights[pool_2]: expected (C_out, C_in, k, k) = (3, 6, 3, 3), got (3, 3, 3, 3)",
+    ),
+    (
+        dict(weights=replaced(WEIGHTS, 6, _W)),
+        ValueError,
+        "weights[mask]: expected (C_out, C_in, k, k) = (3, 3, 3, 3), got (3, 3, 1, 1)",
+    ),
+    (
+        dict(weights=replaced(WEIGHTS, 0, None)),
+        TypeError,
+        "weights[reduce]: expected a torch.Tensor, got NoneType",
+    ),
+    (
+        dict(weights=replaced(WEIGHTS, 7, _W.double())),
+        TypeError,
+        "weights[feature]: expected dtype torch.float32 as input, got torch.float64",
+    ),
+    (
+        dict(biases=replaced(BIASES, 5, _B.to("meta"))),
+        ValueError,
+        "biases[add]: expected device cpu as input, got meta",
+    ),
+    (
+        dict(biases=replaced(BIASES, 1, _B[:2])),
+        ValueError,
+        "biases[pool_1]: expected (C_out,) = (3,), got (2,)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "changed, error, message", PYRAMID_ERRORS, ids=[e[2] for e in PYRAMID_ERRORS]
+)
+def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"input": _X, "weights": WEIGHTS, "biases": BIASES, **changed}
+    with pytest.raises(error, match=f"^pyramid_spatial_attention: {re.escape(message)}$"):
+        pyramid_spatial_attention(**given)
+
+
+# -------------------------------------------------------------------------------------------- module
+
+
+def test_module_state_dict() -> None:
+    shapes = {k: tuple(t.shape) for k, t in PyramidSpatialAttention(5).state_dict().items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, fan_in, kernel in (
+        ("reduce", 5, 1),
+        ("pool_1", 10, 1),
+        ("level_2", 5, 1),
+        ("pool_2", 10, 3),
+        ("conv_2", 5, 3),
+        ("add", 5, 1),
+        ("mask", 5, 3),
+        ("feature", 5, 1),
+    ):
+        expected |= {f"{name}.weight": (5, fan_in, kernel, kernel), f"{name}.bias": (5,)}
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("mask_from, scale", [("m", 2.0), ("feature", 1.0)])
+def test_module_equals_the_chain(mask_from: str, scale: float) -> None:
+    torch.manual_seed(0)
+    module = PyramidSpatialAttention(4, scale, mask_from).double()
+    other = Chain(4, mask_from, scale).double()
+    other.load_state_dict(module.state_dict())
+    image = uniform(2, 4, 7, 6)
+    assert_rounding_only(module(image).detach(), other(image).detach(), TERMS, 8)
+    module(image).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+    with pytest.raises(ValueError, match="mask_from: expected 'm' or 'feature', got 'x'"):
+        PyramidSpatialAttention(4, mask_from="x")

@@ -1,0 +1,521 @@
+"""self_attention: values, gradients, windows, the bound on memory, low precision, errors, the module."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import attention_loop, windowed_attention_loop
+from tolerances import assert_as_accurate, assert_rounding_only, assert_same
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mafnet_ops import SelfAttention, reference, self_attention
+
+LOW = [torch.float32, torch.float16, torch.bfloat16]
+DOUBLE = torch.float64
+
+# (N, heads, L, D_qk, D_v)
+SHAPES = [(2, 3, 7, 4, 5), (1, 1, 1, 1, 1), (1, 2, 33, 8, 64), (3, 1, 12, 5, 2), (1, 1, 2, 16, 1)]
+
+
+def tensors(
+    batch: int, heads: int, length: int, d_qk: int, d_v: int, dtype: torch.dtype = DOUBLE
+) -> list[Tensor]:
+    """Query, key and value within [-1, 1]."""
+    generator = torch.Generator().manual_seed(length)
+    return [
+        (torch.rand(batch, heads, length, d, generator=generator, dtype=DOUBLE) * 2 - 1).to(dtype)
+        for d in (d_qk, d_qk, d_v)
+    ]
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def gradients(function: Any, given: list[Tensor], *rest: Any) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in given]
+    out = function(*leaves, *rest)
+    generator = torch.Generator().manual_seed(out.numel())
+    out.backward((torch.rand(out.shape, generator=generator, dtype=DOUBLE) * 2 - 1).to(out.dtype))
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def terms(shape: tuple[int, ...]) -> int:
+    """Roundings of one output: the scores' D_qk products, the exponentials, and two sums over L."""
+    return shape[3] + 2 * shape[2] + 4
+
+
+# -------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+def test_fp64_values_equal_both_oracles(shape: tuple[int, ...], scale: float) -> None:
+    given = tensors(*shape)
+    actual = self_attention(*given, scale)
+    # An error of a score, at most scale * D_qk large, multiplies its exponential by as much.
+    magnitude = max(1.0, scale * shape[3])
+    assert_rounding_only(actual, attention_loop(*given, scale), terms(shape), magnitude)
+    assert_rounding_only(actual, sdpa(*given, scale), terms(shape), magnitude)
+
+
+def test_default_scale_is_one() -> None:
+    given = tensors(*SHAPES[0])
+    assert_same(self_attention(*given), self_attention(*given, scale=1.0))
+    assert (self_attention(*given) - sdpa(*given, 0.5)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = tensors(*shape, dtype=dtype)
+    wide = [t.double() for t in given]
+    actual, baseline, exact = self_attention(*given), sdpa(*given), sdpa(*wide)
+    assert actual.dtype == dtype
+    assert_as_accurate(actual, baseline, exact, "values", terms(shape))
+    grads = zip(
+        *(gradients(f, g) for f, g in ((self_attention, given), (sdpa, given), (sdpa, wide)))
+    )
+    for name, (a, b, e) in zip(("query", "key", "value"), grads):
+        assert_as_accurate(a, b, e, f"grad_{name}", terms(shape))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_large_scores(dtype: torch.dtype) -> None:
+    """q k^T of 64 * 60 * 60 = 230,400 is above the fp16 range; the softmax is one-hot and finite."""
+    signs = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).repeat(1, 32)
+    query = (60 * signs).view(1, 1, 2, 64).to(dtype)
+    value = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 2).to(dtype)
+    assert_same(self_attention(query, query, value), value)
+    for grad in gradients(self_attention, [query, query, value]):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_are_not_rounded_to_half(dtype: torch.dtype) -> None:
+    """Scores of 256.0 and 256.5 differ by half, which bf16 cannot hold: the shares would be equal."""
+    query = torch.tensor([16.0, 1.0]).view(1, 1, 1, 2).expand(1, 1, 2, 2).to(dtype).contiguous()
+    key = torch.tensor([[16.0, 0.0], [16.0, 0.5]]).view(1, 1, 2, 2).to(dtype)
+    value = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).to(dtype)
+    expected = 1 / (1 + math.exp(-0.5))
+    for scale in (1.0, 1.0 + 2.0**-20):  # the scale is not rounded either
+        out = self_attention(query, key, value, scale)
+        assert abs(out.double() - expected).max().item() <= torch.finfo(dtype).eps
+
+
+def test_autocast_keeps_scores_in_fp32() -> None:
+    given = tensors(1, 2, 33, 8, 8, dtype=torch.float32)
+    given[:2] = [t * 8 for t in given[:2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = self_attention(*given)
+        windowed = self_attention(*given, 1.0, 40, (3, 11))
+        mixed = self_attention(given[0].bfloat16(), *given[1:])
+    low = [t.bfloat16() for t in given]
+    expected = self_attention(*low)
+    assert out.dtype == torch.bfloat16
+    for result in (out, windowed, mixed):
+        assert_same(result, expected)
+    assert_as_accurate(out, sdpa(*low), sdpa(*(t.double() for t in low)), terms=200)
+    wide = tensors(*SHAPES[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(self_attention(*wide), self_attention(*wide))
+        assert self_attention(*wide).dtype == DOUBLE
+
+
+# ----------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_gradcheck_twice(window: int | None, blocks: bool, monkeypatch: Any) -> None:
+    if blocks:
+        monkeypatch.setattr(reference, "MAX_SCORES", 8)
+    given = [t.requires_grad_() for t in tensors(1, 2, 6, 2, 3)]
+
+    def function(*args: Tensor) -> Tensor:
+        return self_attention(*args, 0.7, window, (3, 2))
+
+    assert gradcheck(function, given)
+    assert gradgradcheck(function, given, fast_mode=True)
+
+
+# -------------------------------------------------------------------------------------- memory bound
+
+
+class ScoreMeter:
+    """Counts the scores that each softmax works on, and what autograd saves of that size."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        softmax = torch.softmax
+
+        def measured(input: Tensor, dim: int) -> Tensor:
+            self.sizes.append(input.numel())
+            return softmax(input, dim)
+
+        monkeypatch.setattr(torch, "softmax", measured)
+
+    def largest(self) -> int:
+        return max(self.sizes)
+
+
+@pytest.mark.parametrize("limit", [1, 13, 14 * 3, 14 * 14 * 2 - 1, 14 * 14 * 2])
+def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
+    """2 heads, 14 tokens: 392 scores. Less room, same result, forward and backward."""
+    given = tensors(1, 2, 14, 3, 4)
+    expected, grads = self_attention(*given), gradients(self_attention, given)
+    monkeypatch.setattr(reference, "MAX_SCORES", limit)
+    meter = ScoreMeter(monkeypatch)
+    assert_rounding_only(self_attention(*given), expected, terms((1, 2, 14, 3, 4)))
+    at_least_one_row = max(limit, 2 * 14)
+    assert meter.largest() <= at_least_one_row
+    assert sum(meter.sizes) == 392
+    meter.sizes.clear()
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        actual = gradients(self_attention, given)
+    for a, e in zip(actual, grads):
+        assert_rounding_only(a, e, terms((1, 2, 14, 3, 4)), 4)
+    assert meter.largest() <= at_least_one_row
+    if limit < 392:  # each block is computed again in the backward, and none is kept until then
+        assert sum(meter.sizes) == 2 * 392
+        assert max(saved) <= 14 * 2 * 4
+    else:
+        assert sum(meter.sizes) == 392
+
+
+def test_windows_are_bounded_too(monkeypatch: Any) -> None:
+    given = tensors(1, 1, 64, 2, 2)
+    expected = self_attention(*given, 1.0, 4, (8, 8))
+    monkeypatch.setattr(reference, "MAX_SCORES", 64)
+    meter = ScoreMeter(monkeypatch)
+    out = self_attention(*given, 1.0, 4, (8, 8))
+    assert_rounding_only(out, expected, terms((1, 1, 16, 2, 2)))
+    assert meter.largest() <= 64
+
+
+@pytest.mark.parametrize("length", [65535, 65536, 65537])
+def test_more_keys_than_16_bits_count(length: int, monkeypatch: Any) -> None:
+    """The last key must be read: it alone is like the query. Three queries; all of them would take minutes."""
+    meter = ScoreMeter(monkeypatch)
+    key = torch.zeros(1, 1, length, 2)
+    key[..., -1, :] = 30
+    value = torch.zeros(1, 1, length, 3)
+    value[..., -1, :] = torch.tensor([1.0, 2.0, 3.0])
+    query = torch.ones(1, 1, 3, 2)
+    out = reference.self_attention(query, key, value, 1.0)
+    # exp(-60) * 65,536 is 6e-22 beside the one.
+    assert_same(out, value[..., -1:, :].expand(1, 1, 3, 3))
+    assert meter.largest() == 3 * length
+
+
+def test_65537_tokens_fit_in_windows() -> None:
+    start = time.monotonic()
+    given = [t.requires_grad_() for t in tensors(1, 1, 65537, 2, 2, torch.float32)]
+    out = self_attention(*given, 1.0, 16, (1, 65537))
+    out.sum().backward()
+    assert time.monotonic() - start < 10
+    last = tensors(1, 1, 65537, 2, 2, torch.float32)[2][..., -1:, :]
+    assert_same(out[..., -1:, :], last)  # a window of its own
+    with torch.no_grad():
+        middle = [t[:, :, 65504:65520].detach() for t in given]
+        assert_rounding_only(out[:, :, 65504:65520], self_attention(*middle), 40)
+
+
+@pytest.mark.slow
+def test_65537_tokens_fit() -> None:
+    """Full attention, 4.3 * 10^9 scores: 16 GiB at once in fp32, a bound of 128 MiB here."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 65537, 1)
+    value = torch.cat([torch.ones(1, 1, 65537, 1), torch.arange(65537.0).view(1, 1, -1, 1)], -1)
+    with torch.no_grad():
+        out = self_attention(query, key, value)
+    rows = [0, 510, 511, 512, 65535, 65536]
+    exact = sdpa(query[:, :, rows].double(), key.double(), value.double())
+    # A sum of 65,537 positive terms: relative error of at most that many roundings.
+    relative = ((out[:, :, rows] - exact) / exact).abs().max().item()
+    assert relative <= 65537 * torch.finfo(torch.float32).eps
+
+
+# ------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 8), (8, 1), (3, 3), (1, 1)])
+def test_windows_equal_full_attention_on_each(window: int, size: tuple[int, int]) -> None:
+    shape = (2, 2, size[0] * size[1], 3, 4)
+    given = tensors(*shape)
+    actual = self_attention(*given, 0.5, window, size)
+    expected = windowed_attention_loop(*given, 0.5, window, size)
+    assert_rounding_only(actual, expected, terms(shape), 2)
+
+
+def test_windows_by_hand() -> None:
+    """4 x 5 pixels in windows of 3: one whole, two cut by an edge, one corner."""
+    given = tensors(1, 1, 20, 2, 3)
+    actual = self_attention(*given, 1.0, 3, (4, 5)).view(4, 5, 3)
+    images = [t.view(4, 5, -1) for t in given]
+    for rows, columns in (
+        (slice(0, 3), slice(0, 3)),
+        (slice(0, 3), slice(3, 5)),
+        (slice(3, 4), slice(0, 3)),
+        (slice(3, 4), slice(3, 5)),
+    ):
+        parts = [t[rows, columns].reshape(1, 1, -1, t.shape[-1]) for t in images]
+        expected = sdpa(*parts).view(actual[rows, columns].shape)
+        assert_rounding_only(actual[rows, columns], expected, 30)
+
+
+def test_a_window_over_the_image_is_full_attention() -> None:
+    given = tensors(2, 3, 20, 2, 3)
+    assert_same(self_attention(*given, 1.0, 5, (4, 5)), self_attention(*given))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    window=st.none() | st.integers(1, 8),
+    widths=st.tuples(*[st.integers(1, 9)] * 2),
+    dtype=st.sampled_from([DOUBLE, *LOW]),
+)
+def test_any_size(size: Any, window: int | None, widths: Any, dtype: torch.dtype) -> None:
+    shape = (1, 2, size[0] * size[1], *widths)
+    given = tensors(*shape, dtype=dtype)
+    wide = [t.double() for t in given]
+    whole = window if window is not None else max(size)
+    exact = windowed_attention_loop(*wide, 0.5, whole, size)
+    actual = self_attention(*given, 0.5, window, size)
+    if dtype == DOUBLE:
+        assert_rounding_only(actual, exact, terms(shape), 5)
+    else:
+        mask = torch.zeros(shape[2], shape[2], dtype=torch.bool)
+        cell = [(y // whole, x // whole) for y in range(size[0]) for x in range(size[1])]
+        for i, a in enumerate(cell):
+            mask[i] = torch.tensor([a == b for b in cell])
+        with sdpa_kernel(SDPBackend.MATH):
+            baseline = F.scaled_dot_product_attention(*given, attn_mask=mask, scale=0.5)
+        assert_as_accurate(actual, baseline, exact, terms=terms(shape))
+
+
+# --------------------------------------------------------------------- layouts, edges, determinism
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+@pytest.mark.parametrize("window", [None, 2])
+def test_strides(dtype: torch.dtype, window: int | None) -> None:
+    given = tensors(2, 2, 12, 3, 4, dtype=dtype)
+    expected = self_attention(*given, 1.0, window, (3, 4))
+    for position, plain in enumerate(given):
+        padded = F.pad(plain, (1, 1, 1, 1), value=math.nan)[..., 1:-1, 1:-1]
+        variants = [
+            plain.mT.contiguous().mT,
+            padded,
+            plain.movedim(0, 2).contiguous().movedim(2, 0),
+        ]
+        for variant in variants:
+            changed = [*given[:position], variant, *given[position + 1 :]]
+            out = self_attention(*changed, 1.0, window, (3, 4))
+            assert_as_accurate(out, expected, expected.double(), terms=terms((2, 2, 12, 3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+@pytest.mark.parametrize("window", [None, 2])
+def test_batch_0(dtype: torch.dtype, window: int | None) -> None:
+    given = tensors(0, 2, 12, 3, 4, dtype=dtype)
+    assert self_attention(*given, 1.0, window, (3, 4)).shape == (0, 2, 12, 4)
+    grads = gradients(self_attention, given, 1.0, window, (3, 4))
+    assert [g.shape for g in grads] == [t.shape for t in given]
+
+
+def test_no_tokens() -> None:
+    assert self_attention(*tensors(2, 1, 0, 3, 4)).shape == (2, 1, 0, 4)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_nan_stays_in_its_row_or_window(window: int | None) -> None:
+    given = tensors(1, 1, 12, 3, 4)
+    given[0][0, 0, 5, 1] = math.nan  # pixel (1, 1) of 3 x 4
+    out = self_attention(*given, 1.0, window, (3, 4))
+    assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [5]
+    given[1][0, 0, 5, 1] = math.nan
+    out = self_attention(*given, 1.0, window, (3, 4))
+    rows = list(range(12)) if window is None else [0, 1, 4, 5]
+    assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == rows
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_deterministic_over_runs(dtype: torch.dtype, two_threads: None) -> None:
+    """Bit-equal over runs for a number of threads. Over numbers of threads MKL promises rounding only."""
+    given = tensors(2, 2, 130, 8, 16, dtype=dtype)
+    first = None
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        a, b = ([self_attention(*given), *gradients(self_attention, given)] for _ in range(2))
+        first = first or a
+        for x, y, z in zip(a, b, first):
+            assert_same(x, y)
+            assert_as_accurate(x, z, z.double(), terms=terms((2, 2, 130, 8, 16)))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_compile_fullgraph(window: int | None, blocks: bool, monkeypatch: Any) -> None:
+    """Dynamic shapes without blocks; with blocks their number belongs to the graph."""
+    if blocks:
+        monkeypatch.setattr(reference, "MAX_SCORES", 3 * 2 * (35 if window is None else 9) * 5)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(query: Tensor, key: Tensor, value: Tensor, height: int) -> Tensor:
+        size = (height, query.shape[2] // height)
+        return self_attention(query, key, value, 0.5, window, size)
+
+    dynamic = not blocks and window is None
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+    for height in (5, 6) if dynamic else (5,):
+        given = tensors(3, 2, height * 7, 4, 9, torch.float32)
+        expected = gradients(function, given, height)
+        for a, e in zip(gradients(compiled, given, height), expected):
+            assert_as_accurate(a, e, e.double(), terms=terms((3, 2, 42, 4, 9)))
+        leaves = [t.requires_grad_() for t in given]
+        out = function(*given, height)
+        assert_as_accurate(compiled(*leaves, height), out, out.double(), terms=100)
+    assert counter.frame_count == 1
+    assert counter.op_count > 0
+
+
+# -------------------------------------------------------------------------------------------- errors
+
+_Q = torch.zeros(2, 1, 12, 3)
+ERRORS = [
+    (dict(query=None), TypeError, "query: expected a torch.Tensor, got NoneType"),
+    (dict(key=[0]), TypeError, "key: expected a torch.Tensor, got list"),
+    (dict(value=_Q[0]), ValueError, "value: expected 4 dimensions, got shape (1, 12, 3)"),
+    (
+        dict(value=_Q.long()),
+        TypeError,
+        "value: expected dtype float64, float32, float16 or bfloat16, got torch.int64",
+    ),
+    (
+        dict(key=_Q.double()),
+        TypeError,
+        "key: expected dtype torch.float32 as query, got torch.float64",
+    ),
+    (
+        dict(value=_Q.half()),
+        TypeError,
+        "value: expected dtype torch.float32 as query, got torch.float16",
+    ),
+    (dict(key=_Q.to("meta")), ValueError, "key: expected device cpu as query, got meta"),
+    (
+        dict(key=_Q[..., :2]),
+        ValueError,
+        "key: expected (2, 1, 12, 3) as query, got (2, 1, 12, 2)",
+    ),
+    (
+        dict(value=_Q[:, :, :11]),
+        ValueError,
+        "value: expected N, heads, L = (2, 1, 12) as query, got (2, 1, 11)",
+    ),
+    (
+        dict(query=_Q[..., :0], key=_Q[..., :0]),
+        ValueError,
+        "query: expected D_qk of at least 1, got 0",
+    ),
+    (dict(window=0), ValueError, "window: expected None or an int >= 1, got 0"),
+    (dict(window=2), ValueError, "image_size: expected (H, W) with window, got None"),
+    (
+        dict(window=2, image_size=(3, 5)),
+        ValueError,
+        "image_size: expected H * W = L = 12, got (3, 5)",
+    ),
+    (
+        dict(window=2, image_size=(3,)),
+        ValueError,
+        "image_size: expected an int or a pair of ints >= 1, got (3,)",
+    ),
+    (
+        dict(window=2, image_size=(0, 4)),
+        ValueError,
+        "image_size: expected an int or a pair of ints >= 1, got (0, 4)",
+    ),
+]
+
+
+@pytest.mark.parametrize("changed, error, message", ERRORS, ids=[e[2] for e in ERRORS])
+def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^self_attention: {re.escape(message)}$"):
+        self_attention(**{"query": _Q, "key": _Q, "value": _Q, **changed})
+
+
+# -------------------------------------------------------------------------------------------- module
+
+
+def test_module_state_and_identity_at_start() -> None:
+    module = SelfAttention(16, reduction=4)
+    shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    assert shapes == {
+        "gamma": (1,),
+        "query.weight": (4, 16, 1, 1),
+        "query.bias": (4,),
+        "key.weight": (4, 16, 1, 1),
+        "key.bias": (4,),
+        "value.weight": (16, 16, 1, 1),
+        "value.bias": (16,),
+    }
+    image = torch.randn(2, 16, 3, 5)
+    assert_same(module(image), image)
+    assert SelfAttention(4, reduction=8).query.out_channels == 1
+    with pytest.raises(
+        ValueError, match=r"^self_attention: reduction: expected an int >= 1, got 0$"
+    ):
+        SelfAttention(4, reduction=0)
+
+
+@pytest.mark.parametrize("window", [None, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [(4, 5), (1, 6), (3, 3)])
+def test_module_values(window: int | None, size: tuple[int, int]) -> None:
+    """x + gamma * attention(x), from nn.Conv2d and the loop."""
+    torch.manual_seed(0)
+    module = SelfAttention(8, reduction=4, window=window).double()
+    nn.init.constant_(module.gamma, 0.7)
+    image = torch.rand(2, 8, *size, dtype=DOUBLE)
+    tokens = [
+        conv(image).detach().flatten(2).mT[:, None]
+        for conv in (module.query, module.key, module.value)
+    ]
+    side = max(size) if window is None else window
+    attended = windowed_attention_loop(*tokens, 1.0, side, size)[:, 0].mT.reshape(image.shape)
+    # Values of a convolution of eight channels of weights below 1 / sqrt(8) are below 4.
+    assert_rounding_only(module(image).detach(), image + 0.7 * attended, 60, 4)
+    assert all(p.grad is None for p in module.parameters())
+    module(image).sum().backward()
+    # The softmax does not see what is added to all scores, so the bias of the key alone has no gradient.
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None
+        assert (parameter.grad.abs().max() > 1e-9) is not (name == "key.bias"), name
