@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _library, reference
 from ._checks import require, require_same_device, require_shape, require_tensor
 from .modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
 
@@ -77,6 +77,17 @@ def deform_align(
     )
     offset, mask = reference.deform_align_offsets(raw, flow_1, flow_2, max_residue_magnitude)
     return modulated_deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation)
+
+
+def _backend(device_type: str) -> _library.Backend:
+    """The convolution decides; its prologue is PyTorch on every device."""
+    convolution = _library.backend("modulated_deform_conv2d", device_type)
+    return _library.Backend(
+        convolution.name, f"prologue in PyTorch, then modulated_deform_conv2d: {convolution.reason}"
+    )
+
+
+_library.register_op(_OP, other=_backend)
 
 
 class DeformAlign(ModulatedDeformConv2d):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import _library, reference
 from ._checks import (
     autocast_dtype,
     require,
@@ -211,6 +211,9 @@ def pyramid_spatial_attention(
     merged = F.interpolate(merged, size=size, mode="bilinear", align_corners=False)
     mask = conv("mask", merged)
     return spatial_gate(input, mask, w["feature"], b["feature"], scale, negative_slope, mask_from)
+
+
+_library.register_op(_OP)
 
 
 class PyramidSpatialAttention(nn.Module):

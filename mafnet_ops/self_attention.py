@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import _library, reference
 from ._checks import (
     autocast_dtype,
     pair,
@@ -86,6 +86,9 @@ def self_attention(
     require(size[0] * size[1] == length, _OP, "image_size", f"H * W = L = {length}", size)
     with precise:
         return reference.windowed_self_attention(query, key, value, scale, window, size)
+
+
+_library.register_op(_OP)
 
 
 class SelfAttention(nn.Module):

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -129,48 +130,42 @@ MAFNET_INLINE void find_taps(const FlowWarpParams& p, const BlockPlan<A, K>& pla
   }
 }
 
-// Up to four taps of one pixel, and how many such groups make a pixel.
-template <typename A>
-struct TapGroup {
-  typedef A Lanes __attribute__((vector_size(4 * sizeof(A))));
-  int64_t offset[4];
-  Lanes weight;
-};
-template <int K>
-constexpr int kGroups = (K * K + 3) / 4;
-
 // The taps of a strip: the pixels first .. first + count of image n, counted in raster order. A tap
-// that reads as zero has a legal offset and weight 0 (or NaN).
-template <typename A, int K>
+// that reads as zero has a legal offset and weight 0 (or NaN). Index is int wherever a plane allows
+// it.
+template <typename A, int K, typename Index>
 struct Strip {
   int64_t n, first;
   int count;
-  TapGroup<A> taps[kStrip][kGroups<K>];
+  Index offset[K * K][kStrip];
+  A weight[K * K][kStrip];
 };
 
-// sum += factor * (the four pixels), where the weight is not zero.
-template <typename T, typename A, typename Lanes>
-MAFNET_INLINE void add_taps(const T* plane, const TapGroup<A>& taps, const Lanes& factor,
-                            Lanes& sum) {
-  Lanes pixels;
-  for (int u = 0; u < 4; ++u) pixels[u] = static_cast<A>(plane[taps.offset[u]]);
-  sum += taps.weight != 0 ? factor * pixels : Lanes{};
-}
+// Taps in one pass over a strip.
+template <int K>
+constexpr int kGroup = K == 1 ? 1 : 4;
 
 // Copies a block into a strip. Where kOnlyUse, weights become 1 (the tap is used) or 0.
-template <bool kOnlyUse, typename A, int K>
+template <bool kOnlyUse, typename A, int K, typename Index>
 MAFNET_NOINLINE void append_block(const FlowWarpParams& p, const BlockPlan<A, K>& plan, int at,
-                                  Strip<A, K>& strip) {
+                                  Strip<A, K, Index>& strip) {
+  const Index row_stride = static_cast<Index>(p.input_stride[2]);
+  const Index column_stride = static_cast<Index>(p.input_stride[3]);
   for (int t = 0; t < K * K; ++t) {
     for (int i = 0; i < plan.count; ++i) {
       const int row = plan.y_axis.index[t / K][i], column = plan.x.index[t % K][i];
       const A w = plan.y_axis.weight[t / K][i] * plan.x.weight[t % K][i];
       const bool used = row >= 0 && column >= 0;
-      TapGroup<A>& taps = strip.taps[at + i][t / 4];
-      taps.offset[t % 4] = used ? row * p.input_stride[2] + column * p.input_stride[3] : 0;
-      taps.weight[t % 4] = kOnlyUse ? A(used) : used || w != w ? w : A(0);
+      strip.offset[t][at + i] = used ? row * row_stride + column * column_stride : Index(0);
+      strip.weight[t][at + i] = kOnlyUse ? A(used) : used || w != w ? w : A(0);
     }
   }
+}
+
+// Whether every offset within one plane of input fits in an int.
+bool has_small_planes(const FlowWarpParams& p) {
+  const int64_t last = (p.height - 1) * p.input_stride[2] + (p.width - 1) * p.input_stride[3];
+  return last <= std::numeric_limits<int>::max();
 }
 
 int64_t strips_per_image(const FlowWarpParams& p) {
@@ -178,8 +173,9 @@ int64_t strips_per_image(const FlowWarpParams& p) {
 }
 
 // Plans strip `task` and calls visit(plan, at) for each of its blocks, whose pixels begin at `at`.
-template <Interpolation I, bool kOnlyUse, typename A, int K, typename Visit>
-void plan_strip(const FlowWarpParams& p, int64_t task, Strip<A, K>& strip, const Visit& visit) {
+template <Interpolation I, bool kOnlyUse, typename A, int K, typename Index, typename Visit>
+void plan_strip(const FlowWarpParams& p, int64_t task, Strip<A, K, Index>& strip,
+                const Visit& visit) {
   const int64_t pixels = static_cast<int64_t>(p.out_height) * p.out_width;
   strip.n = task / strips_per_image(p);
   strip.first = task % strips_per_image(p) * kStrip;
@@ -250,21 +246,26 @@ MAFNET_INLINE void forward_channels_last(const FlowWarpParams& p, const BlockPla
 }
 
 // One channel of a strip: output[i] = sum over taps of weight * plane[offset].
-template <typename T, typename A, int K>
-void blend_plane(const Strip<A, K>& strip, const T* plane, T* __restrict__ output) {
-  using Lanes = typename TapGroup<A>::Lanes;
-  for (int i = 0; i < strip.count; ++i) {
-    if constexpr (K == 1) {
-      const A w = strip.taps[i][0].weight[0];
-      output[i] =
-          static_cast<T>(w == 0 ? A(0) : w * static_cast<A>(plane[strip.taps[i][0].offset[0]]));
-    } else {
-      Lanes sum = {};
-      for (int group = 0; group < kGroups<K>; ++group) {
-        add_taps(plane, strip.taps[i][group], strip.taps[i][group].weight, sum);
+template <typename T, typename A, int K, typename Index>
+void blend_plane(const Strip<A, K, Index>& strip, const T* plane, T* __restrict__ output) {
+  A sum[kStrip];
+#pragma GCC unroll 1
+  for (int t = 0; t < K * K; t += kGroup<K>) {
+    for (int i = 0; i < strip.count; ++i) {
+      A part = 0;
+      for (int u = t; u < t + kGroup<K>; ++u) {
+        const A w = strip.weight[u][i], value = static_cast<A>(plane[strip.offset[u][i]]);
+        part += w == 0 ? A(0) : w * value;
       }
-      output[i] = static_cast<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      if constexpr (K * K == kGroup<K>) {
+        output[i] = static_cast<T>(part);
+      } else {
+        sum[i] = t == 0 ? part : sum[i] + part;
+      }
     }
+  }
+  if constexpr (K * K > kGroup<K>) {
+    for (int i = 0; i < strip.count; ++i) output[i] = static_cast<T>(sum[i]);
   }
 }
 
@@ -291,11 +292,11 @@ void forward_rows(const FlowWarpParams& p, int64_t begin, int64_t end, const T* 
   }
 }
 
-template <typename T, Interpolation I>
+template <typename T, Interpolation I, typename Index>
 void forward_strips(const FlowWarpParams& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int K = kTapsPerAxis<I>;
-  auto strip = std::make_unique<Strip<A, K>>();
+  auto strip = std::make_unique<Strip<A, K, Index>>();
   for (int64_t task = begin; task < end; ++task) {
     plan_strip<I, false>(p, task, *strip, [&](const BlockPlan<A, K>& plan, int) {
       if (p.mask != nullptr) write_mask<T>(p, plan);
@@ -375,18 +376,21 @@ MAFNET_INLINE void grad_flow_channels_last(const FlowWarpParams& p, const BlockP
 // Dot products of grad_output with the taps of a strip's pixels, tap by tap.
 template <typename A, int K>
 struct StripDots {
-  typename TapGroup<A>::Lanes at[kStrip][kGroups<K>];
+  A at[K * K][kStrip];
 };
 
 // Adds what one channel contributes; the weights of the strip say which taps are used.
-template <typename T, typename A, int K>
-void add_plane_dots(const Strip<A, K>& strip, const T* plane, const T* grad,
-                    StripDots<A, K>& dots) {
-  using Lanes = typename TapGroup<A>::Lanes;
-  for (int i = 0; i < strip.count; ++i) {
-    const Lanes g = static_cast<A>(grad[i]) - Lanes{};
-    for (int group = 0; group < kGroups<K>; ++group) {
-      add_taps(plane, strip.taps[i][group], g, dots.at[i][group]);
+template <typename T, typename A, int K, typename Index>
+void add_plane_dots(const Strip<A, K, Index>& strip, const T* plane, const T* grad,
+                    StripDots<A, K>& __restrict__ dots) {
+#pragma GCC unroll 1
+  for (int t = 0; t < K * K; t += kGroup<K>) {
+    for (int i = 0; i < strip.count; ++i) {
+      const A g = static_cast<A>(grad[i]);
+      for (int u = t; u < t + kGroup<K>; ++u) {
+        const A value = static_cast<A>(plane[strip.offset[u][i]]);
+        dots.at[u][i] += strip.weight[u][i] == 0 ? A(0) : g * value;
+      }
     }
   }
 }
@@ -402,11 +406,11 @@ void grad_flow_rows(const FlowWarpParams& p, int64_t begin, int64_t end, const T
   }
 }
 
-template <typename T, Interpolation I>
+template <typename T, Interpolation I, typename Index>
 void grad_flow_strips(const FlowWarpParams& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int K = kTapsPerAxis<I>;
-  auto strip = std::make_unique<Strip<A, K>>();
+  auto strip = std::make_unique<Strip<A, K, Index>>();
   auto dots = std::make_unique<StripDots<A, K>>();
   std::vector<BlockPlan<A, K>> plans;
   for (int64_t task = begin; task < end; ++task) {
@@ -425,7 +429,7 @@ void grad_flow_strips(const FlowWarpParams& p, int64_t begin, int64_t end) {
     for (const BlockPlan<A, K>& plan : plans) {
       for (int i = 0; i < plan.count; ++i, ++at) {
         A dot[K * K];
-        for (int t = 0; t < K * K; ++t) dot[t] = dots->at[at][t / 4][t % 4];
+        for (int t = 0; t < K * K; ++t) dot[t] = dots->at[t][at];
         store_grad_flow<T>(p, plan, i, dot);
       }
     }
@@ -603,9 +607,14 @@ void for_each_row(const FlowWarpParams& p, const Body& body) {
   torch::stable::parallel_for(0, p.batch * p.out_height, grain, body);
 }
 
+// Calls body(begin, end, index) over all strips; index has the type that offsets within a plane
+// need.
 template <typename Body>
 void for_each_strip(const FlowWarpParams& p, const Body& body) {
-  torch::stable::parallel_for(0, p.batch * strips_per_image(p), 1, body);
+  const bool small = has_small_planes(p);
+  torch::stable::parallel_for(0, p.batch * strips_per_image(p), 1, [&](int64_t begin, int64_t end) {
+    small ? body(begin, end, int{}) : body(begin, end, int64_t{});
+  });
 }
 
 template <typename T, Interpolation I>
@@ -613,7 +622,9 @@ void forward(const FlowWarpParams& p, const T* zeros) {
   if (p.channels_last) {
     for_each_row(p, [&](int64_t begin, int64_t end) { forward_rows<T, I>(p, begin, end, zeros); });
   } else {
-    for_each_strip(p, [&](int64_t begin, int64_t end) { forward_strips<T, I>(p, begin, end); });
+    for_each_strip(p, [&](int64_t begin, int64_t end, auto index) {
+      forward_strips<T, I, decltype(index)>(p, begin, end);
+    });
   }
 }
 
@@ -627,7 +638,9 @@ void grad_flow(const FlowWarpParams& p, const T* zeros) {
     for_each_row(p,
                  [&](int64_t begin, int64_t end) { grad_flow_rows<T, I>(p, begin, end, zeros); });
   } else {
-    for_each_strip(p, [&](int64_t begin, int64_t end) { grad_flow_strips<T, I>(p, begin, end); });
+    for_each_strip(p, [&](int64_t begin, int64_t end, auto index) {
+      grad_flow_strips<T, I, decltype(index)>(p, begin, end);
+    });
   }
 }
 
