@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from .config import ConfigError
 from .data.degrade import bicubic_upscale
@@ -148,27 +147,18 @@ def upscale_frames(net: MAFnet, frames: ByteArray, chunk: int, overlap: int) -> 
     for start in range(0, len(frames), chunk):
         stop = min(start + chunk, len(frames))
         first, last = max(0, start - overlap), min(len(frames), stop + overlap)
-        select = range(start - first, stop - first)
-        yield from _run(net, frames[first:last], lambda x, s=select: net.reconstruct(x, s).frames)
+        yield from _upscale(net, frames[first:last], range(start - first, stop - first))
 
 
 def _center(net: MAFnet, frames: ByteArray) -> ByteArray:
-    return next(_run(net, frames, lambda x: net(x, center_only=True)))
+    return _upscale(net, frames, [len(frames) // 2])[0]
 
 
-def _run(net: MAFnet, frames: ByteArray, call: Callable[[Tensor], Tensor]) -> Iterator[ByteArray]:
+def _upscale(net: MAFnet, frames: ByteArray, select: Sequence[int]) -> ByteArray:
+    """(T, H, W, 3) uint8 -> the selected frames, (S, 4H, 4W, 3) uint8."""
     device = next(net.parameters()).device
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).unsqueeze(0).to(device).float() / 255
     with torch.inference_mode():
-        out = (
-            call(x)[0]
-            .clamp(0, 1)
-            .mul(255)
-            .add(0.5)
-            .floor()
-            .byte()
-            .permute(0, 2, 3, 1)
-            .cpu()
-            .numpy()
-        )
-    yield from out
+        out = net.reconstruct(x, select).frames[0]
+        levels = (out.clamp(0, 1) * 255 + 0.5).floor().byte()
+    return levels.permute(0, 2, 3, 1).cpu().numpy()

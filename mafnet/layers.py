@@ -327,7 +327,8 @@ class DeformableConvLSTM(nn.Module):
         offset, mask = raw.split([2 * third, third], 1)
         raw = torch.cat([offset, offset, mask, mask], 1)
         states = self.align(torch.cat([h, c.to(h.dtype)], 1), raw, flow)
-        return states.chunk(2, 1)  # type: ignore[return-value]
+        h, c = states.chunk(2, 1)
+        return h, c
 
 
 # ----------------------------------------------------------------------------------------- reconstruction

@@ -469,7 +469,7 @@ def photometric_error(frames: Tensor, flow_previous: Tensor, flow_next: Tensor) 
     here = torch.cat([frames[:, 1:], frames[:, :-1]]).flatten(0, 1)
     there = torch.cat([frames[:, :-1], frames[:, 1:]]).flatten(0, 1)
     flow = torch.cat([flow_previous, flow_next]).flatten(0, 1)
-    difference = flow_warp(there, flow, "bilinear", "border") - here  # type: ignore[operator]
+    difference = flow_warp(there, flow, "bilinear", "border") - here
     variation = (flow[:, 1:] - flow[:, :-1]).abs().mean() + (
         flow[:, :, 1:] - flow[:, :, :-1]
     ).abs().mean()

@@ -106,7 +106,7 @@ class DeformAlign(ModulatedDeformConv2d):
         )
         self.max_residue_magnitude = max_residue_magnitude
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input: Tensor, raw: Tensor, flow_1: Tensor | None = None, flow_2: Tensor | None = None
     ) -> Tensor:
         return deform_align(

@@ -321,6 +321,14 @@ def _bands(size: int, window: int) -> list[tuple[int, int, int]]:
     return bands + ([(whole, size, size - whole)] if whole < size else [])
 
 
+def _to_windows(image: Tensor, height: int, width: int) -> Tensor:
+    """(N, heads, H, W, D) of whole windows -> (N * windows, heads, height * width, D)."""
+    batch, heads, rows, columns, depth = image.shape
+    ny, nx = rows // height, columns // width
+    windows = image.reshape(batch, heads, ny, height, nx, width, depth).permute(0, 2, 4, 1, 3, 5, 6)
+    return windows.reshape(batch * ny * nx, heads, height * width, depth)
+
+
 def windowed_self_attention(
     query: Tensor,
     key: Tensor,
@@ -342,15 +350,8 @@ def windowed_self_attention(
         out_columns = []
         for x0, x1, ww in _bands(width, window):
             ny, nx = (y1 - y0) // wh, (x1 - x0) // ww
-
-            def to_windows(t: Tensor, box=(y0, y1, x0, x1), n=(ny, nx), w=(wh, ww)) -> Tensor:
-                t = t[:, :, box[0] : box[1], box[2] : box[3]]
-                depth = t.shape[-1]
-                t = t.reshape(batch, heads, n[0], w[0], n[1], w[1], depth)
-                t = t.permute(0, 2, 4, 1, 3, 5, 6)
-                return t.reshape(batch * n[0] * n[1], heads, w[0] * w[1], depth)
-
-            q, k, v = (to_windows(t) for t in images)
+            parts = (t[:, :, y0:y1, x0:x1] for t in images)
+            q, k, v = (_to_windows(t, wh, ww) for t in parts)
             out = self_attention(q, k, v, scale)
             out = out.view(batch, ny, nx, heads, wh, ww, out_depth).permute(0, 3, 1, 4, 2, 5, 6)
             out_columns.append(out.reshape(batch, heads, y1 - y0, x1 - x0, out_depth))
