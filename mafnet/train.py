@@ -42,6 +42,10 @@ from .model import MAFnet
 log = logging.getLogger("mafnet.train")
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message names the step."""
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of training.
@@ -296,7 +300,7 @@ class Stage:
         self.skipped += 1
         log.warning("step %d: gradient not finite, skipped", self.step)
         if self.skipped >= 10:
-            raise FloatingPointError(
+            raise TrainingError(
                 f"training stopped: 10 gradients in a row were not finite, the last at step {self.step} of stage "
                 f"{self.trainer.stage_index} ({self.stage.kind})"
             )
