@@ -36,7 +36,7 @@ def build(**changes: Any) -> MAFnet:
                 parameter.normal_(0, 0.05)
         for name, parameter in net.named_parameters():
             if "channel.from_" in name and name.endswith("0.bias"):
-                parameter.fill_(0.5)  # two hidden units: both must be on for their weights to matter
+                parameter.fill_(0.5)  # both of two hidden units must be on
     return net.eval()
 
 

@@ -1,5 +1,5 @@
-// Torch side of modulated_deform_conv2d: check, allocate, fill params, launch. Tensors come as the Python
-// side lays them out: float, images channels_last, the rest contiguous.
+// Torch side of modulated_deform_conv2d: check, allocate, fill params, launch. Tensors come as the
+// Python side lays them out: float, images channels_last, the rest contiguous.
 #include <optional>
 #include <tuple>
 
@@ -18,9 +18,10 @@ const float* float_data(const char* argument, const Tensor& tensor, bool channel
   for (int64_t i = 3; i >= 0; --i) {  // dense in the order N C H W, or N H W C
     const int64_t d = channels_last ? (i == 3 ? 1 : i == 0 ? 0 : i + 1) : i;
     if (d >= tensor.dim()) continue;
-    MAFNET_CHECK(tensor.size(d) == 1 || tensor.stride(d) == expected, kOp, argument,
-                 channels_last ? "a dense channels_last tensor" : "a contiguous tensor",
-                 "stride " + std::to_string(tensor.stride(d)) + " in dimension " + std::to_string(d));
+    MAFNET_CHECK(
+        tensor.size(d) == 1 || tensor.stride(d) == expected, kOp, argument,
+        channels_last ? "a dense channels_last tensor" : "a contiguous tensor",
+        "stride " + std::to_string(tensor.stride(d)) + " in dimension " + std::to_string(d));
     expected *= tensor.size(d);
   }
   return static_cast<const float*>(tensor.const_data_ptr());
@@ -77,8 +78,8 @@ Tensor modulated_deform_conv2d_forward(const Tensor& input, const Tensor& offset
   auto p = make_params(input, offset, mask, weight, stride_h, stride_w, padding_h, padding_w,
                        dilation_h, dilation_w);
   if (bias.has_value()) {
-    MAFNET_CHECK(bias->dim() == 1 && bias->size(0) == p.out_channels, kOp, "bias",
-                 "shape (C_out,)", "shape " + shape_of(*bias));
+    MAFNET_CHECK(bias->dim() == 1 && bias->size(0) == p.out_channels, kOp, "bias", "shape (C_out,)",
+                 "shape " + shape_of(*bias));
     p.bias = float_data("bias", *bias, false);
   }
   Tensor output = empty_on(input, {p.batch, p.out_channels, p.out_height, p.out_width},

@@ -1,10 +1,12 @@
-// modulated_deform_conv2d on the CPU: y(p) = bias + sum_k W_k * (mask_k(p) * x(p * stride - padding + k * dilation
+// modulated_deform_conv2d on the CPU: y(p) = bias + sum_k W_k * (mask_k(p) * x(p * stride - padding
+// + k * dilation
 // + offset_k(p))), sampled bilinearly, zero outside.
 //
-// Output pixels go in blocks of one image. Of a block the samples of all taps are written side by side,
-// columns[pixel][tap][channel], small enough for the L2 cache; a blocked matrix product with the packed weight follows.
-// No column buffer of the image ever exists. Forward: one task per block. Backward: one task per image, so that
-// grad_input needs no atomics; grad_weight is summed over the images in their order. Both are deterministic.
+// Output pixels go in blocks of one image. Of a block the samples of all taps are written side by
+// side, columns[pixel][tap][channel], small enough for the L2 cache; a blocked matrix product with
+// the packed weight follows. No column buffer of the image ever exists. Forward: one task per
+// block. Backward: one task per image, so that grad_input needs no atomics; grad_weight is summed
+// over the images in their order. Both are deterministic.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -20,11 +22,13 @@ namespace {
 
 // 64 pixels x 9 taps x 32 channels of columns are 74 kB: in L2 beside as much of gradient columns.
 constexpr int kBlock = 64;
-constexpr int kLanes = 16;     // floats of one vector: a zmm register, two ymm, four xmm
-constexpr int kTileRows = 6;   // 6 x 2 accumulators, two of B and a broadcast: within 16 AVX-512 registers
+constexpr int kLanes = 16;  // floats of one vector: a zmm register, two ymm, four xmm
+constexpr int kTileRows =
+    6;  // 6 x 2 accumulators, two of B and a broadcast: within 16 AVX-512 registers
 constexpr int kTileVectors = 2;
 
-// Offset groups of 8 channels are the usual case, so channels go by eight; what is left goes one by one.
+// Offset groups of 8 channels are the usual case, so channels go by eight; what is left goes one by
+// one.
 constexpr int kChannelLanes = 8;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -47,7 +51,8 @@ MAFNET_INLINE float sum_of(const Vector8& v) {
 
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// ------------------------------------------------------------------------------------ matrix product
+// ------------------------------------------------------------------------------------ matrix
+// product
 
 // One tile of C (+)= A B: R rows, V vectors of columns. A(m, k) lies at a[m * a_row + k * a_depth].
 template <int R, int V>
@@ -78,8 +83,9 @@ MAFNET_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_depth,
 }
 
 // C (rows x columns) (+)= A (rows x depth) B (depth x columns); columns is a multiple of kLanes.
-MAFNET_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row,
-                            int rows, int depth, int columns, float* c, int64_t c_row, bool add) {
+MAFNET_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                            int64_t b_row, int rows, int depth, int columns, float* c,
+                            int64_t c_row, bool add) {
   for (int n = 0; n < columns; n += kTileVectors * kLanes) {
     const bool wide = n + kTileVectors * kLanes <= columns;
     int m = 0;
@@ -87,7 +93,8 @@ MAFNET_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, cons
       const float* left = a + m * a_row;
       float* out = c + m * c_row + n;
       if (wide) {
-        multiply_tile<kTileRows, kTileVectors>(left, a_row, a_depth, b + n, b_row, depth, out, c_row, add);
+        multiply_tile<kTileRows, kTileVectors>(left, a_row, a_depth, b + n, b_row, depth, out,
+                                               c_row, add);
       } else {
         multiply_tile<kTileRows, 1>(left, a_row, a_depth, b + n, b_row, depth, out, c_row, add);
       }
@@ -104,7 +111,8 @@ MAFNET_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, cons
   }
 }
 
-// ------------------------------------------------------------------------------------------ sampling
+// ------------------------------------------------------------------------------------------
+// sampling
 
 // A block of output pixels of one image and one group of the convolution.
 struct Block {
@@ -113,8 +121,9 @@ struct Block {
   int group;
 };
 
-// One axis of the samples of one tap over a block: two neighbouring rows (or columns) of the image, brought into
-// range, with weights and slopes that are zero where the neighbour lies outside. NaN keeps NaN weights.
+// One axis of the samples of one tap over a block: two neighbouring rows (or columns) of the image,
+// brought into range, with weights and slopes that are zero where the neighbour lies outside. NaN
+// keeps NaN weights.
 struct Axis {
   int index[2][kBlock];
   float weight[2][kBlock];
@@ -128,7 +137,8 @@ struct Plan {
 };
 
 MAFNET_INLINE void plan_axis(const float* position, int count, int size, Axis& axis) {
-  // Branch-free, so that it becomes vector code: selects, and unsigned comparisons for 0 <= index < size.
+  // Branch-free, so that it becomes vector code: selects, and unsigned comparisons for 0 <= index <
+  // size.
   const float end = static_cast<float>(size);
   const unsigned extent = static_cast<unsigned>(size);
   for (int i = 0; i < count; ++i) {
@@ -152,7 +162,8 @@ MAFNET_INLINE void plan_axis(const float* position, int count, int size, Axis& a
 
 // Where the pixels of a block begin in the input, without tap and offset.
 MAFNET_INLINE void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan) {
-  int row = static_cast<int>(b.first / p.out_width), column = static_cast<int>(b.first % p.out_width);
+  int row = static_cast<int>(b.first / p.out_width),
+      column = static_cast<int>(b.first % p.out_width);
   for (int i = 0; i < b.count; ++i) {
     plan.base_y[i] = static_cast<float>(row * p.stride_h - p.padding_h);
     plan.base_x[i] = static_cast<float>(column * p.stride_w - p.padding_w);
@@ -163,7 +174,8 @@ MAFNET_INLINE void plan_block(const ModulatedDeformConv2dParams& p, const Block&
   }
 }
 
-MAFNET_INLINE void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int k, int64_t plane, Plan& plan) {
+MAFNET_INLINE void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int k,
+                            int64_t plane, Plan& plan) {
   const float* dy = p.offset + 2 * plane * p.pixels() + b.first;
   const float* dx = dy + p.pixels();
   const float tap_y = static_cast<float>(k / p.kernel_w * p.dilation_h);
@@ -183,15 +195,18 @@ struct Corners {
 };
 
 MAFNET_INLINE Corners corners_of(const ModulatedDeformConv2dParams& p, const Plan& plan, int i) {
-  const int64_t row0 = int64_t{plan.y.index[0][i]} * p.width, row1 = int64_t{plan.y.index[1][i]} * p.width;
+  const int64_t row0 = int64_t{plan.y.index[0][i]} * p.width,
+                row1 = int64_t{plan.y.index[1][i]} * p.width;
   const int x0 = plan.x.index[0][i], x1 = plan.x.index[1][i];
-  return {{(row0 + x0) * p.channels, (row0 + x1) * p.channels, (row1 + x0) * p.channels, (row1 + x1) * p.channels}};
+  return {{(row0 + x0) * p.channels, (row0 + x1) * p.channels, (row1 + x0) * p.channels,
+           (row1 + x1) * p.channels}};
 }
 
-// Calls body(tap, offset group, plane of the offset group and tap, first channel, channels) for every tap and offset
-// group that the block's group needs, with the plan of that tap made.
+// Calls body(tap, offset group, plane of the offset group and tap, first channel, channels) for
+// every tap and offset group that the block's group needs, with the plan of that tap made.
 template <typename Body>
-MAFNET_INLINE void for_each_tap(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan, const Body& body) {
+MAFNET_INLINE void for_each_tap(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan,
+                                const Body& body) {
   const int group_channels = p.channels / p.groups, offset_channels = p.channels / p.offset_groups;
   const int begin = b.group * group_channels, end = begin + group_channels;
   plan_block(p, b, plan);
@@ -207,32 +222,35 @@ MAFNET_INLINE void for_each_tap(const ModulatedDeformConv2dParams& p, const Bloc
 }
 
 // columns[pixel][tap][channel of the group], masked.
-MAFNET_INLINE void fill_columns(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan, float* columns,
-                                int64_t row) {
+MAFNET_INLINE void fill_columns(const ModulatedDeformConv2dParams& p, const Block& b, Plan& plan,
+                                float* columns, int64_t row) {
   const int group_channels = p.channels / p.groups, begin = b.group * group_channels;
   const float* image = p.input + b.n * p.height * p.width * p.channels;
-  for_each_tap(p, b, plan, [&](int k, int, int64_t plane, int low, int channels) MAFNET_INLINE_LAMBDA {
-    const float* mask = p.mask == nullptr ? nullptr : p.mask + plane * p.pixels() + b.first;
-    for (int i = 0; i < b.count; ++i) {
-      const float m = mask == nullptr ? 1.f : mask[i];
-      const float y0 = m * plan.y.weight[0][i], y1 = m * plan.y.weight[1][i];
-      const float x0 = plan.x.weight[0][i], x1 = plan.x.weight[1][i];
-      const float w00 = y0 * x0, w01 = y0 * x1, w10 = y1 * x0, w11 = y1 * x1;
-      const Corners corners = corners_of(p, plan, i);
-      const float *c00 = image + corners.at[0] + low, *c01 = image + corners.at[1] + low;
-      const float *c10 = image + corners.at[2] + low, *c11 = image + corners.at[3] + low;
-      float* out = columns + i * row + k * group_channels + (low - begin);
-      int c = 0;
-      for (; c + kChannelLanes <= channels; c += kChannelLanes) {
-        store(out + c, w00 * load_as<Vector8>(c00 + c) + w01 * load_as<Vector8>(c01 + c) +
-                           w10 * load_as<Vector8>(c10 + c) + w11 * load_as<Vector8>(c11 + c));
-      }
-      for (; c < channels; ++c) out[c] = w00 * c00[c] + w01 * c01[c] + w10 * c10[c] + w11 * c11[c];
-    }
-  });
+  for_each_tap(
+      p, b, plan, [&](int k, int, int64_t plane, int low, int channels) MAFNET_INLINE_LAMBDA {
+        const float* mask = p.mask == nullptr ? nullptr : p.mask + plane * p.pixels() + b.first;
+        for (int i = 0; i < b.count; ++i) {
+          const float m = mask == nullptr ? 1.f : mask[i];
+          const float y0 = m * plan.y.weight[0][i], y1 = m * plan.y.weight[1][i];
+          const float x0 = plan.x.weight[0][i], x1 = plan.x.weight[1][i];
+          const float w00 = y0 * x0, w01 = y0 * x1, w10 = y1 * x0, w11 = y1 * x1;
+          const Corners corners = corners_of(p, plan, i);
+          const float *c00 = image + corners.at[0] + low, *c01 = image + corners.at[1] + low;
+          const float *c10 = image + corners.at[2] + low, *c11 = image + corners.at[3] + low;
+          float* out = columns + i * row + k * group_channels + (low - begin);
+          int c = 0;
+          for (; c + kChannelLanes <= channels; c += kChannelLanes) {
+            store(out + c, w00 * load_as<Vector8>(c00 + c) + w01 * load_as<Vector8>(c01 + c) +
+                               w10 * load_as<Vector8>(c10 + c) + w11 * load_as<Vector8>(c11 + c));
+          }
+          for (; c < channels; ++c)
+            out[c] = w00 * c00[c] + w01 * c01[c] + w10 * c10[c] + w11 * c11[c];
+        }
+      });
 }
 
-// ------------------------------------------------------------------------------------------- forward
+// -------------------------------------------------------------------------------------------
+// forward
 
 // (group, tap, channel) x out channel of the group, the out channels padded with zeros.
 std::vector<float> pack_weight(const ModulatedDeformConv2dParams& p) {
@@ -249,21 +267,23 @@ std::vector<float> pack_weight(const ModulatedDeformConv2dParams& p) {
   return packed;
 }
 
-int64_t blocks_of(const ModulatedDeformConv2dParams& p) { return (p.pixels() + kBlock - 1) / kBlock; }
+int64_t blocks_of(const ModulatedDeformConv2dParams& p) {
+  return (p.pixels() + kBlock - 1) / kBlock;
+}
 
 Block block_of(const ModulatedDeformConv2dParams& p, int64_t n, int64_t index, int group) {
   const int64_t first = index * kBlock;
   return {n, first, static_cast<int>(std::min<int64_t>(kBlock, p.pixels() - first)), group};
 }
 
-void forward_block(const ModulatedDeformConv2dParams& p, const Block& b, const float* packed, const float* zeros,
-                   float* columns, float* result) {
+void forward_block(const ModulatedDeformConv2dParams& p, const Block& b, const float* packed,
+                   const float* zeros, float* columns, float* result) {
   const int out = p.out_channels / p.groups, depth = p.taps() * (p.channels / p.groups);
   with_simd([&]() MAFNET_INLINE_LAMBDA {
     Plan plan;
     fill_columns(p, b, plan, columns, depth);
-    multiply(columns, depth, 1, packed + int64_t{b.group} * depth * padded(out), padded(out), b.count, depth,
-             padded(out), result, padded(out), false);
+    multiply(columns, depth, 1, packed + int64_t{b.group} * depth * padded(out), padded(out),
+             b.count, depth, padded(out), result, padded(out), false);
     const float* bias = p.bias == nullptr ? zeros : p.bias + b.group * out;
     for (int i = 0; i < b.count; ++i) {
       float* y = p.output + (b.n * p.pixels() + b.first + i) * p.out_channels + b.group * out;
@@ -272,12 +292,14 @@ void forward_block(const ModulatedDeformConv2dParams& p, const Block& b, const f
   });
 }
 
-// ------------------------------------------------------------------------------------------ backward
+// ------------------------------------------------------------------------------------------
+// backward
 
 MAFNET_INLINE float dot(const float* a, const float* b, int channels) {
   Vector8 partial{};
   int c = 0;
-  for (; c + kChannelLanes <= channels; c += kChannelLanes) partial += load_as<Vector8>(a + c) * load_as<Vector8>(b + c);
+  for (; c + kChannelLanes <= channels; c += kChannelLanes)
+    partial += load_as<Vector8>(a + c) * load_as<Vector8>(b + c);
   float sum = sum_of(partial);
   for (; c < channels; ++c) sum += a[c] * b[c];
   return sum;
@@ -298,39 +320,44 @@ MAFNET_INLINE void scatter_columns(const ModulatedDeformConv2dParams& p, const B
   const int64_t first_pixel = b.n * p.height * p.width * p.channels;
   const float* image = p.input + first_pixel;
   float* grad_image = p.grad_input + first_pixel;
-  for_each_tap(p, b, plan, [&](int k, int g, int64_t plane, int low, int channels) MAFNET_INLINE_LAMBDA {
-    const int64_t at = plane * p.pixels() + b.first;
-    const float* mask = p.mask == nullptr ? nullptr : p.mask + at;
-    float* grad_mask = p.grad_mask == nullptr ? nullptr : p.grad_mask + at;
-    float* grad_dy = p.grad_offset + 2 * plane * p.pixels() + b.first;
-    float* grad_dx = grad_dy + p.pixels();
-    // An offset group that straddles convolution groups gets a part from each; the first one writes.
-    const bool first = low == g * (p.channels / p.offset_groups);
-    for (int i = 0; i < b.count; ++i) {
-      const float m = mask == nullptr ? 1.f : mask[i];
-      const float *wy[2] = {plan.y.weight[0], plan.y.weight[1]}, *wx[2] = {plan.x.weight[0], plan.x.weight[1]};
-      const float* grad = grad_columns + i * row + k * group_channels + (low - begin);
-      const Corners corners = corners_of(p, plan, i);
-      float by_row[2], by_row_slope[2];  // the corners of a row, blended by the weights and by the slopes in x
-      for (int j = 0; j < 2; ++j) {
-        const float left = dot(grad, image + corners.at[2 * j] + low, channels);
-        const float right = dot(grad, image + corners.at[2 * j + 1] + low, channels);
-        by_row[j] = wx[0][i] * left + wx[1][i] * right;
-        by_row_slope[j] = plan.x.slope[0][i] * left + plan.x.slope[1][i] * right;
-      }
-      const float to_y = m * (plan.y.slope[0][i] * by_row[0] + plan.y.slope[1][i] * by_row[1]);
-      const float to_x = m * (wy[0][i] * by_row_slope[0] + wy[1][i] * by_row_slope[1]);
-      const float to_mask = wy[0][i] * by_row[0] + wy[1][i] * by_row[1];
-      grad_dy[i] = to_y + (first ? 0.f : grad_dy[i]);
-      grad_dx[i] = to_x + (first ? 0.f : grad_dx[i]);
-      if (grad_mask != nullptr) grad_mask[i] = to_mask + (first ? 0.f : grad_mask[i]);
-      for (int j = 0; j < 4; ++j) {
-        const float weight = m * wy[j >> 1][i] * wx[j & 1][i];
-        // Zero outside the image; NaN sends nothing.
-        if (weight > 0 || weight < 0) add_scaled(grad, weight, channels, grad_image + corners.at[j] + low);
-      }
-    }
-  });
+  for_each_tap(
+      p, b, plan, [&](int k, int g, int64_t plane, int low, int channels) MAFNET_INLINE_LAMBDA {
+        const int64_t at = plane * p.pixels() + b.first;
+        const float* mask = p.mask == nullptr ? nullptr : p.mask + at;
+        float* grad_mask = p.grad_mask == nullptr ? nullptr : p.grad_mask + at;
+        float* grad_dy = p.grad_offset + 2 * plane * p.pixels() + b.first;
+        float* grad_dx = grad_dy + p.pixels();
+        // An offset group that straddles convolution groups gets a part from each; the first one
+        // writes.
+        const bool first = low == g * (p.channels / p.offset_groups);
+        for (int i = 0; i < b.count; ++i) {
+          const float m = mask == nullptr ? 1.f : mask[i];
+          const float *wy[2] = {plan.y.weight[0], plan.y.weight[1]},
+                      *wx[2] = {plan.x.weight[0], plan.x.weight[1]};
+          const float* grad = grad_columns + i * row + k * group_channels + (low - begin);
+          const Corners corners = corners_of(p, plan, i);
+          float by_row[2], by_row_slope[2];  // the corners of a row, blended by the weights and by
+                                             // the slopes in x
+          for (int j = 0; j < 2; ++j) {
+            const float left = dot(grad, image + corners.at[2 * j] + low, channels);
+            const float right = dot(grad, image + corners.at[2 * j + 1] + low, channels);
+            by_row[j] = wx[0][i] * left + wx[1][i] * right;
+            by_row_slope[j] = plan.x.slope[0][i] * left + plan.x.slope[1][i] * right;
+          }
+          const float to_y = m * (plan.y.slope[0][i] * by_row[0] + plan.y.slope[1][i] * by_row[1]);
+          const float to_x = m * (wy[0][i] * by_row_slope[0] + wy[1][i] * by_row_slope[1]);
+          const float to_mask = wy[0][i] * by_row[0] + wy[1][i] * by_row[1];
+          grad_dy[i] = to_y + (first ? 0.f : grad_dy[i]);
+          grad_dx[i] = to_x + (first ? 0.f : grad_dx[i]);
+          if (grad_mask != nullptr) grad_mask[i] = to_mask + (first ? 0.f : grad_mask[i]);
+          for (int j = 0; j < 4; ++j) {
+            const float weight = m * wy[j >> 1][i] * wx[j & 1][i];
+            // Zero outside the image; NaN sends nothing.
+            if (weight > 0 || weight < 0)
+              add_scaled(grad, weight, channels, grad_image + corners.at[j] + low);
+          }
+        }
+      });
 }
 
 // Buffers of one task of the backward.
@@ -346,7 +373,8 @@ void backward_block(const ModulatedDeformConv2dParams& p, const Block& b, const 
   float* grad = scratch.grad_output.data();
   with_simd([&]() MAFNET_INLINE_LAMBDA {
     for (int i = 0; i < b.count; ++i) {
-      const float* g = p.grad_output + (b.n * p.pixels() + b.first + i) * p.out_channels + b.group * out;
+      const float* g =
+          p.grad_output + (b.n * p.pixels() + b.first + i) * p.out_channels + b.group * out;
       std::copy(g, g + out, grad + i * padded(out));
       std::fill(grad + i * padded(out) + out, grad + (i + 1) * padded(out), 0.f);
     }
@@ -354,8 +382,8 @@ void backward_block(const ModulatedDeformConv2dParams& p, const Block& b, const 
     fill_columns(p, b, plan, columns, depth);
     multiply(columns, 1, depth, grad, padded(out), depth, b.count, padded(out),
              grad_packed + int64_t{b.group} * depth * padded(out), padded(out), true);
-    multiply(grad, padded(out), 1, weight_rows + int64_t{b.group} * out * padded(depth), padded(depth), b.count,
-             out, padded(depth), grad_columns, padded(depth), false);
+    multiply(grad, padded(out), 1, weight_rows + int64_t{b.group} * out * padded(depth),
+             padded(depth), b.count, out, padded(depth), grad_columns, padded(depth), false);
     scatter_columns(p, b, plan, grad_columns, padded(depth));
   });
 }
@@ -366,14 +394,16 @@ std::vector<float> transpose_weight(const ModulatedDeformConv2dParams& p) {
   std::vector<float> rows(static_cast<size_t>(p.out_channels) * depth, 0.f);
   for (int64_t o = 0; o < p.out_channels; ++o) {
     for (int c = 0; c < in; ++c) {
-      for (int k = 0; k < taps; ++k) rows[o * depth + k * in + c] = p.weight[(o * in + c) * taps + k];
+      for (int k = 0; k < taps; ++k)
+        rows[o * depth + k * in + c] = p.weight[(o * in + c) * taps + k];
     }
   }
   return rows;
 }
 
 // The layout of pack_weight back to that of weight, summed over the images in their order.
-void unpack_grad_weight(const ModulatedDeformConv2dParams& p, const std::vector<float>& packed, size_t size) {
+void unpack_grad_weight(const ModulatedDeformConv2dParams& p, const std::vector<float>& packed,
+                        size_t size) {
   const int taps = p.taps(), in = p.channels / p.groups, out = p.out_channels / p.groups;
   for (int o = 0; o < p.out_channels; ++o) {
     for (int c = 0; c < in; ++c) {
@@ -393,7 +423,8 @@ int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p,
   const int64_t blocks = blocks_of(p);
   if (p.batch * blocks == 0) return 0;
   const std::vector<float> packed = pack_weight(p);
-  const std::vector<float> zeros(static_cast<size_t>(p.out_channels), 0.f);  // where there is no bias
+  const std::vector<float> zeros(static_cast<size_t>(p.out_channels),
+                                 0.f);  // where there is no bias
   torch::stable::parallel_for(0, p.batch * blocks, 4, [&](int64_t begin, int64_t end) {
     const int out = padded(p.out_channels / p.groups);
     std::vector<float> columns(static_cast<size_t>(kBlock) * p.taps() * (p.channels / p.groups));

@@ -5,8 +5,9 @@
 
 namespace mafnet {
 
-// All tensors are float. Images are dense channels_last; offset, mask and their gradients are dense planar
-// (N, channels, out_height, out_width); weight is (out_channels, channels / groups, kernel_h, kernel_w), dense.
+// All tensors are float. Images are dense channels_last; offset, mask and their gradients are dense
+// planar (N, channels, out_height, out_width); weight is (out_channels, channels / groups,
+// kernel_h, kernel_w), dense.
 struct ModulatedDeformConv2dParams {
   int64_t batch;
   int channels, height, width;              // of input
@@ -35,6 +36,7 @@ struct ModulatedDeformConv2dParams {
 };
 
 int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& params, void* stream);
-int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& params, void* stream);
+int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& params,
+                                            void* stream);
 
 }  // namespace mafnet

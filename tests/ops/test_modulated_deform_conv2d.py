@@ -414,38 +414,34 @@ def test_layout_of_the_incoming_gradient() -> None:
 
 
 def width_error(width: int, dtype: torch.dtype, autocast: bool) -> float:
-    """Largest error over the last 16 columns of an image ``width`` wide, against fp64 on the same features."""
+    """Largest error on a random image, offsets of up to 40 px, against fp64 on the same features."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 4, 2, width, generator=generator).to(dtype)
-    image[..., :-32] = 0
-    image[..., -32:] = torch.rand(1, 4, 2, 32, generator=generator).to(dtype)
-    offset = torch.rand(1, 18, 2, 32, generator=generator)
-    offset = torch.cat([torch.zeros(1, 18, 2, width - 32), offset], -1)
-    weight = (torch.rand(4, 4, 3, 3, generator=generator) / 18).to(dtype)
+    image = torch.rand(1, 1, 2, width, generator=generator).to(dtype)
+    offset = torch.rand(1, 2, 2, width, generator=generator)
+    offset[:, 1] = 80 * offset[:, 1] - 40
+    weight = torch.ones(1, 1, 1, 1, dtype=dtype)
     if autocast:
         with torch.autocast("cpu", dtype):
-            actual = modulated_deform_conv2d(image.float(), offset, None, weight.float(), padding=1)
+            actual = modulated_deform_conv2d(image.float(), offset, None, weight.float())
     else:
-        actual = modulated_deform_conv2d(image, offset, None, weight, padding=1)
+        actual = modulated_deform_conv2d(image, offset, None, weight)
     assert actual.dtype == dtype
-    exact = modulated_deform_conv2d(
-        image.double(), offset.double(), None, weight.double(), padding=1
-    )
-    return (actual - exact)[..., -16:].abs().max().item()
+    exact = modulated_deform_conv2d(image.double(), offset.double(), None, weight.double())
+    return (actual - exact).abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_error_is_flat_in_the_width(dtype: torch.dtype, autocast: bool) -> None:
-    """Coordinates in bf16 are whole pixels off beyond 256 columns; in fp32 only the output is rounded.
+    """Coordinates in bf16 are whole pixels off beyond 256 columns and offsets of 40 px off by an eighth; in fp32
+    only the output is rounded.
 
-    The output is a mean of values in [0, 1], so below 2: one rounding is eps / 2 * 2 at most. fp32 coordinates are
-    off by width * 2^-24 px, a slope of 1 per pixel turns that into as much. The fallback's coordinates are
-    normalised: a few roundings more.
+    The output is at most 1, so one rounding is eps / 2. fp32 coordinates are off by a few times width * 2^-24 px,
+    a slope of 1 per pixel turns that into as much.
     """
-    eps = torch.finfo(dtype).eps
     for width in (64, 4096):
-        assert width_error(width, dtype, autocast) <= eps + 8 * width * 2.0**-24, width
+        bound = torch.finfo(dtype).eps / 2 + 8 * width * 2.0**-24
+        assert width_error(width, dtype, autocast) <= bound, width
 
 
 def test_autocast_leaves_fp64_alone() -> None:
