@@ -6,7 +6,9 @@ every torch >= 2.11 and every Python >= 3.10. This file is also the PEP 517 back
 Environment:
   MAFNET_CUDA         auto (default): build _C_cuda if nvcc is found, unless the torch beside it is a
                       build without CUDA, which could not load it | 1: build it, or fail | 0
-  MAFNET_CUDA_ARCHS   default "75;80;86;89;90a;100;120+PTX", or "native" for the local GPU alone
+  MAFNET_CUDA_ARCHS   e.g. "80;90a+PTX", or "native" for the local GPU alone. Default: native where there
+                      is a GPU and MAFNET_CUDA is not 1 (a build to use here, in a fraction of the time),
+                      else "75;80;86;89;90a;100;120+PTX"
   MAFNET_REQUIRE_EXT  1: fail where no C++ compiler is found, instead of installing without kernels
   MAX_JOBS, CXX, CUDA_HOME as usual
 """
@@ -102,9 +104,20 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def has_nvidia_gpu() -> bool:
+    """Whether the driver lists a GPU."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+def cuda_archs() -> str:
+    """MAFNET_CUDA_ARCHS or its default."""
+    local = has_nvidia_gpu() and os.environ.get("MAFNET_CUDA", "auto") != "1"
+    return os.environ.get("MAFNET_CUDA_ARCHS") or ("native" if local else DEFAULT_ARCHS)
+
+
 def gencode_flags() -> list[str]:
-    """nvcc's -gencode flags for MAFNET_CUDA_ARCHS, e.g. "80;90a;120+PTX"."""
-    archs = os.environ.get("MAFNET_CUDA_ARCHS", DEFAULT_ARCHS).replace(" ", ";")
+    """nvcc's -gencode flags for the architectures, e.g. "80;90a;120+PTX"."""
+    archs = cuda_archs().replace(" ", ";")
     if archs == "native":
         return ["-arch=native"]
     flags = []
@@ -314,7 +327,7 @@ def build_report() -> dict[str, Any]:
     return {
         "extension_missing_because": reason,
         "cuda_missing_because": reason or why_no_cuda(),
-        "cuda_archs": os.environ.get("MAFNET_CUDA_ARCHS", DEFAULT_ARCHS),
+        "cuda_archs": cuda_archs(),
     }
 
 

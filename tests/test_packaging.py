@@ -92,14 +92,19 @@ def test_importing_the_library_before_torch_says_so() -> None:
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAFNET_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("MAFNET_CUDA", "1")
+    monkeypatch.setattr(SETUP, "has_nvidia_gpu", lambda: True)
     flags = SETUP.gencode_flags()
     for arch in ("75", "80", "86", "89", "90a", "100", "120"):
         assert f"-gencode=arch=compute_{arch},code=sm_{arch}" in flags
     assert flags[-1] == "-gencode=arch=compute_120,code=compute_120"
     monkeypatch.setenv("MAFNET_CUDA_ARCHS", "9.0a")
     assert SETUP.gencode_flags() == ["-gencode=arch=compute_90a,code=sm_90a"]
-    monkeypatch.setenv("MAFNET_CUDA_ARCHS", "native")
+    monkeypatch.delenv("MAFNET_CUDA_ARCHS")
+    monkeypatch.setenv("MAFNET_CUDA", "auto")
     assert SETUP.gencode_flags() == ["-arch=native"]
+    monkeypatch.setattr(SETUP, "has_nvidia_gpu", lambda: False)
+    assert "-gencode=arch=compute_75,code=sm_75" in SETUP.gencode_flags()
 
 
 def test_an_op_folder_joins_the_library_of_its_files() -> None:
