@@ -248,6 +248,6 @@ def windowed_attention_loop(
     for y, x in np.ndindex(*image_size):
         owner.setdefault((y // window, x // window), []).append(y * image_size[1] + x)
     for tokens in owner.values():
-        parts = (t[:, :, tokens] for t in (query, key, value))
-        out[:, :, tokens] = attention_loop(*parts, scale)
+        q, k, v = (t[:, :, tokens] for t in (query, key, value))
+        out[:, :, tokens] = attention_loop(q, k, v, scale)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ NATIVE = "cpu" in importlib.import_module("mafnet_ops.modulated_deform_conv2d").
 needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled CPU kernel is not built")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
+align: Callable[..., Tensor] = deform_align  # a type checker cannot count unpacked arguments
 
 # (offset groups, flows, convolution groups, kernel, (H, W))
 SHAPES = [
@@ -90,11 +91,11 @@ def align_torch(given: dict[str, Any]) -> Tensor:
         offset = offset + flows[0].flip(1).repeat(1, offset.size(1) // 2, 1, 1)
     elif flows:
         halves = torch.chunk(offset, 2, dim=1)
-        halves = [
+        moved = [
             half + flow.flip(1).repeat(1, half.size(1) // 2, 1, 1)
             for half, flow in zip(halves, flows)
         ]
-        offset = torch.cat(halves, dim=1)
+        offset = torch.cat(moved, dim=1)
     mask = torch.sigmoid(mask)
     return deform_conv2d_torch(
         given["input"], offset, mask, weight, given["bias"], padding=given["padding"]
@@ -110,7 +111,7 @@ def gradients(function: Any, given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def op(given: dict[str, Any]) -> Tensor:
-    return deform_align(**given)
+    return align(**given)
 
 
 def terms(given: dict[str, Any]) -> int:
@@ -146,11 +147,11 @@ def test_low_precision_values_and_gradients(shape: Any, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_flow_is_x_then_y_in_pixels(dtype: torch.dtype) -> None:
     """Raw 0 and an integer flow: half the input, shifted, as output(p) = input(p + flow(p))."""
-    image = arguments(*SHAPES[0], dtype=dtype)["input"]
+    image = arguments(1, 0, 1, (3, 3), (5, 6), dtype)["input"]
     weight = torch.eye(8, dtype=dtype).view(8, 8, 1, 1)
     flow = torch.tensor([2.0, -1.0]).expand(2, 5, 6, 2)  # 2 right, 1 up
     raw = torch.zeros(2, 3, 5, 6, dtype=dtype)
-    out = deform_align(image, raw, weight, flow_1=flow, padding=0)
+    out = align(image, raw, weight, flow_1=flow, padding=0)
     assert_same(out, F.pad(image, (0, 2, 1, 0))[..., :5, 2:].contiguous() / 2)
 
 
@@ -160,7 +161,7 @@ def test_two_flows_serve_the_halves_of_the_groups() -> None:
     weight = torch.eye(4).view(4, 4, 1, 1) * 2
     raw = torch.zeros(2, 3 * 4, 1, 9)
     flows = [torch.tensor([float(x), 0.0]).expand(2, 1, 9, 2) for x in (1, -1)]
-    out = deform_align(image, raw, weight, None, *flows, padding=0)
+    out = align(image, raw, weight, None, *flows, padding=0)
     left = F.pad(image[:, :2], (0, 1))[..., 1:]
     right = F.pad(image[:, 2:], (1, 0))[..., :-1]
     assert_same(out, torch.cat([left, right], 1))
@@ -172,12 +173,12 @@ def test_residue_is_bounded_and_masks_are_sigmoid() -> None:
     image = torch.rand(1, 1, 9, 9)
     raw = torch.full((1, 3, 9, 9), 1e4)
     weight = torch.ones(1, 1, 1, 1)
-    out = deform_align(image, raw, weight, max_residue_magnitude=3.0, padding=0)
+    out = align(image, raw, weight, max_residue_magnitude=3.0, padding=0)
     assert_same(out, F.pad(image, (0, 3, 0, 3))[..., 3:, 3:].contiguous())
-    out = deform_align(image, raw, weight, padding=0)  # the default bound is 10, beyond the image
+    out = align(image, raw, weight, padding=0)  # the default bound is 10, beyond the image
     assert_same(out, torch.zeros_like(out))
     raw[:, 2] = -1e4
-    out = deform_align(image, raw, weight, max_residue_magnitude=3.0, padding=0)
+    out = align(image, raw, weight, max_residue_magnitude=3.0, padding=0)
     assert_same(out, torch.zeros_like(out))
 
 
@@ -185,7 +186,7 @@ def test_stride_and_dilation_pass_through() -> None:
     given = arguments(2, 0, 1, (3, 3), (9, 8))
     geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
     raw = given["raw"][:, :, :5].contiguous()
-    out = deform_align(given["input"], raw, given["weight"], None, None, None, 2.0, **geometry)
+    out = align(given["input"], raw, given["weight"], None, None, None, 2.0, **geometry)
     offset, mask = align_offsets_loop(raw, None, None, 9, 2.0)
     expected = deform_conv2d_loop(
         given["input"], offset, mask, given["weight"], None, (2, 1), (1, 2), (1, 2)
@@ -205,7 +206,7 @@ def small() -> tuple[Any, list[Tensor]]:
         given[name] = given[name].floor() + 0.5
 
     def function(*tensors: Tensor) -> Tensor:
-        return deform_align(**{**given, **dict(zip(names, tensors))})
+        return align(**{**given, **dict(zip(names, tensors))})
 
     return function, [given[name].requires_grad_() for name in names]
 
@@ -240,9 +241,9 @@ def test_low_precision_error_is_flat_in_the_width(dtype: torch.dtype, autocast: 
         if autocast:
             features = (image.float(), raw, weight.float())
         with torch.autocast("cpu", dtype, enabled=autocast):
-            out = deform_align(*features, **given)
+            out = align(*features, **given)
         assert out.dtype == dtype
-        exact = deform_align(*(t.double() for t in (image, raw, weight)), **given)
+        exact = align(*(t.double() for t in (image, raw, weight)), **given)
         bound = torch.finfo(dtype).eps / 2 + 4 * width * 2.0**-24
         assert (out - exact).abs().max().item() <= bound, width
 
@@ -309,7 +310,7 @@ def test_deterministic_over_runs_and_threads(dtype: torch.dtype, two_threads: No
 @needs_native
 def test_compile_fullgraph_with_dynamic_shapes() -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(deform_align, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(align, backend=counter, fullgraph=True, dynamic=True)
 
     def traced(given: dict[str, Any]) -> Tensor:
         return compiled(**given)
@@ -378,12 +379,12 @@ ERRORS = [
 def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {"input": torch.zeros(2, 8, 5, 6), "raw": _RAW, "weight": torch.zeros(4, 8, 3, 3)}
     with pytest.raises(error, match=f"^deform_align: {re.escape(message)}$"):
-        deform_align(**{**given, **changed})
+        align(**{**given, **changed})
 
 
 def test_a_raw_of_another_size_is_an_error_of_the_offset() -> None:
     with pytest.raises(ValueError, match=r"offset: expected \(N, 2 \* G \* K, H_out, W_out\)"):
-        deform_align(torch.zeros(2, 8, 5, 5), _RAW, torch.zeros(4, 8, 3, 3))
+        align(torch.zeros(2, 8, 5, 5), _RAW, torch.zeros(4, 8, 3, 3))
 
 
 # -------------------------------------------------------------------------------------------- module

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ NATIVE = "cpu" in importlib.import_module("mafnet_ops.modulated_deform_conv2d").
 needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled CPU kernel is not built")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
+# Called with unpacked lists, which a type checker cannot count.
+deform: Callable[..., Tensor] = modulated_deform_conv2d
+by_loop: Callable[..., Tensor] = deform_conv2d_loop
+by_torch: Callable[..., Tensor] = deform_conv2d_torch
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Case:
         """Products in one output element: four corners, each with its weights, and the bias."""
         return 4 * self.channels // self.groups * math.prod(self.kernel) + 4
 
-    def tensors(self, dtype: torch.dtype = DOUBLE, reach: float = 2.0) -> list[Tensor | None]:
+    def tensors(self, dtype: torch.dtype = DOUBLE, reach: float = 2.0) -> list[Any]:
         """Input, offset, mask, weight, bias within [-1, 1], [-reach, reach], [0, 1], [-1, 1], [-1, 1]."""
         generator = torch.Generator().manual_seed(hash(astuple(self)) % 2**31)
 
@@ -122,11 +126,11 @@ few_cases = pytest.mark.parametrize(
 )
 
 
-def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def double(tensors: list[Any]) -> list[Any]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def gradients(function: Any, tensors: list[Tensor | None], geometry: Any) -> dict[str, Tensor]:
+def gradients(function: Any, tensors: list[Any], geometry: Any) -> dict[str, Tensor]:
     """Of a random weighted sum of the output, by argument name."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     out = function(*leaves, *geometry)
@@ -142,16 +146,16 @@ def gradients(function: Any, tensors: list[Tensor | None], geometry: Any) -> dic
 @all_cases
 def test_fp64_values_equal_the_loop(case: Case) -> None:
     tensors = case.tensors()
-    expected = deform_conv2d_loop(*tensors, *case.geometry)
-    actual = modulated_deform_conv2d(*tensors, *case.geometry)
+    expected = by_loop(*tensors, *case.geometry)
+    actual = deform(*tensors, *case.geometry)
     assert_rounding_only(actual, expected, case.terms)
 
 
 @all_cases
 def test_oracles_agree(case: Case) -> None:
     tensors = case.tensors()
-    expected = deform_conv2d_loop(*tensors, *case.geometry)
-    assert_rounding_only(deform_conv2d_torch(*tensors, *case.geometry), expected, case.terms)
+    expected = by_loop(*tensors, *case.geometry)
+    assert_rounding_only(by_torch(*tensors, *case.geometry), expected, case.terms)
 
 
 @needs_native
@@ -159,9 +163,9 @@ def test_oracles_agree(case: Case) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_low_precision_values(case: Case, dtype: torch.dtype) -> None:
     tensors = case.tensors(dtype)
-    actual = modulated_deform_conv2d(*tensors, *case.geometry)
-    baseline = deform_conv2d_torch(*tensors, *case.geometry)
-    exact = deform_conv2d_torch(*double(tensors), *case.geometry)
+    actual = deform(*tensors, *case.geometry)
+    baseline = by_torch(*tensors, *case.geometry)
+    exact = by_torch(*double(tensors), *case.geometry)
     assert_as_accurate(actual, baseline, exact, str(dtype), case.terms)
 
 
@@ -169,7 +173,7 @@ def test_low_precision_values(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
 def test_zero_offset_is_conv2d(case: Case, dtype: torch.dtype) -> None:
     input, offset, _, weight, bias = case.tensors(dtype)
-    actual = modulated_deform_conv2d(input, offset * 0, None, weight, bias, *case.geometry)
+    actual = deform(input, offset * 0, None, weight, bias, *case.geometry)
     expected = F.conv2d(input, weight, bias, *case.geometry, groups=case.groups)
     if dtype == torch.float32 and not NATIVE:
         pytest.skip("the compiled CPU kernel is not built: fp32 coordinates are not exact")
@@ -183,7 +187,7 @@ def test_integer_offset_is_an_exact_shift(dtype: torch.dtype) -> None:
     weight = torch.eye(3, dtype=dtype).view(3, 3, 1, 1)
     for dy, dx in ((0, 0), (1, 0), (0, -1), (-2, 3), (5, 6), (6, 0)):
         offset = torch.tensor([dy, dx], dtype=torch.float32).view(1, 2, 1, 1).expand(2, 2, 6, 7)
-        actual = modulated_deform_conv2d(image, offset, None, weight)
+        actual = deform(image, offset, None, weight)
         padded = F.pad(image, (8, 8, 8, 8))
         assert_same(actual, padded[:, :, 8 + dy : 14 + dy, 8 + dx : 15 + dx].contiguous())
 
@@ -217,13 +221,11 @@ def random_cases(draw: st.DrawFn) -> Case:
 @given(case=random_cases(), dtype=st.sampled_from(LOW))
 def test_any_geometry(case: Case, dtype: torch.dtype) -> None:
     tensors = case.tensors(dtype)
-    exact = deform_conv2d_loop(*tensors, *case.geometry)
-    actual = modulated_deform_conv2d(*tensors, *case.geometry)
-    baseline = deform_conv2d_torch(*tensors, *case.geometry)
+    exact = by_loop(*tensors, *case.geometry)
+    actual = deform(*tensors, *case.geometry)
+    baseline = by_torch(*tensors, *case.geometry)
     assert_as_accurate(actual, baseline, exact, terms=case.terms)
-    assert_rounding_only(
-        modulated_deform_conv2d(*double(tensors), *case.geometry), exact, case.terms
-    )
+    assert_rounding_only(deform(*double(tensors), *case.geometry), exact, case.terms)
 
 
 # ----------------------------------------------------------------------------------------- gradients
@@ -233,15 +235,12 @@ def differentiable(case: Case) -> tuple[Any, list[Tensor]]:
     """The op as a function of its present tensors, offsets at least 0.2 from every integer."""
     tensors = case.tensors()
     offset = tensors[1]
-    assert offset is not None
     tensors[1] = offset.floor() + 0.2 + 0.6 * (offset - offset.floor())
     present = [t is not None for t in tensors]
 
     def function(*given: Tensor) -> Tensor:
         values = iter(given)
-        return modulated_deform_conv2d(
-            *(next(values) if there else None for there in present), *case.geometry
-        )
+        return deform(*(next(values) if there else None for there in present), *case.geometry)
 
     return function, [t.requires_grad_() for t in tensors if t is not None]
 
@@ -263,9 +262,9 @@ def test_gradgradcheck(case: Case) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_low_precision_gradients(case: Case, dtype: torch.dtype) -> None:
     tensors = case.tensors(dtype)
-    actual = gradients(modulated_deform_conv2d, tensors, case.geometry)
-    baseline = gradients(deform_conv2d_torch, tensors, case.geometry)
-    exact = gradients(deform_conv2d_torch, double(tensors), case.geometry)
+    actual = gradients(deform, tensors, case.geometry)
+    baseline = gradients(by_torch, tensors, case.geometry)
+    exact = gradients(by_torch, double(tensors), case.geometry)
     assert actual.keys() == exact.keys()
     terms = max(case.terms, case.batch * math.prod(case.out_size))
     for name, grad in actual.items():
@@ -282,7 +281,7 @@ def test_right_hand_derivative_at_integers_and_at_minus_one(dtype: torch.dtype) 
         padding = (2, 0) if axis == 0 else (0, 2)
         offset = torch.zeros(1, 2, *((7, 1) if axis == 0 else (1, 7)), requires_grad=True)
         image = row.view(shape)
-        modulated_deform_conv2d(image, offset, None, weight, padding=padding).sum().backward()
+        deform(image, offset, None, weight, padding=padding).sum().backward()
         assert offset.grad is not None
         assert offset.grad[0, axis].flatten().tolist() == [0, 3, 2, 6, -11, 0, 0]
         # Across, the image is one pixel wide and the cell to the right is empty.
@@ -293,12 +292,11 @@ def test_right_hand_derivative_at_integers_and_at_minus_one(dtype: torch.dtype) 
 def test_zero_offsets_give_the_gradient_of_fp64() -> None:
     """The start of every training: zero offsets, padding 1, so every coordinate is an integer, some of them -1."""
     tensors = Case(channels=8, offset_groups=2, size=(6, 9)).tensors(torch.float32)
-    assert tensors[1] is not None
     tensors[1] = tensors[1] * 0
     geometry = ((1, 1), (1, 1), (1, 1))
-    actual = gradients(modulated_deform_conv2d, tensors, geometry)
-    exact = gradients(modulated_deform_conv2d, double(tensors), geometry)
-    baseline = gradients(deform_conv2d_torch, tensors, geometry)
+    actual = gradients(deform, tensors, geometry)
+    exact = gradients(deform, double(tensors), geometry)
+    baseline = gradients(by_torch, tensors, geometry)
     for name, grad in actual.items():
         assert_as_accurate(grad, baseline[name], exact[name], name, terms=108)
 
@@ -309,7 +307,7 @@ def test_zero_offsets_give_the_gradient_of_fp64() -> None:
 def test_second_derivative_below_fp64_is_refused(dtype: torch.dtype, other_path: bool) -> None:
     """Also where the incoming gradient is a constant and another term of the loss has a second derivative."""
     tensors = [t.requires_grad_() for t in Case().tensors(dtype) if t is not None]
-    out = modulated_deform_conv2d(*tensors, padding=1)
+    out = deform(*tensors, padding=1)
     (grad,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
     loss = grad.float().square().sum()
     if other_path:
@@ -327,7 +325,7 @@ def test_torch_func() -> None:
     tensors = case.tensors(torch.float32)
 
     def loss(*given: Tensor) -> Tensor:
-        return modulated_deform_conv2d(*given, *case.geometry).sum()
+        return deform(*given, *case.geometry).sum()
 
     leaves = [t.clone().requires_grad_() for t in tensors if t is not None]
     loss(*leaves).backward()
@@ -335,7 +333,7 @@ def test_torch_func() -> None:
     for argnum in range(5):
         grad = torch.func.grad(loss, argnums=argnum)(*tensors)
         assert_same(grad, expected[argnum])
-    _, vjp = torch.func.vjp(loss, *tensors)
+    vjp = torch.func.vjp(loss, *tensors)[1]
     for grad, wanted in zip(vjp(torch.ones(())), expected):
         assert_same(grad, wanted)
     with pytest.raises(RuntimeError, match="jvp"):
@@ -352,14 +350,12 @@ def test_torch_func() -> None:
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_output_dtype_and_low_precision_offsets(dtype: torch.dtype) -> None:
     tensors = Case().tensors(dtype)
-    assert modulated_deform_conv2d(*tensors, padding=1).dtype == dtype
+    assert deform(*tensors, padding=1).dtype == dtype
     low = tensors[:1] + [t.to(dtype) for t in tensors[1:3] if t is not None] + tensors[3:]
     upcast = [low[0], *(t.float() for t in low[1:3] if t is not None), *low[3:]]
     if dtype == DOUBLE:
         upcast = double(low)
-    assert_same(
-        modulated_deform_conv2d(*low, padding=1), modulated_deform_conv2d(*upcast, padding=1)
-    )
+    assert_same(deform(*low, padding=1), deform(*upcast, padding=1))
 
 
 def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -384,31 +380,29 @@ def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def test_layouts(dtype: torch.dtype) -> None:
     case = Case(channels=8, out_channels=6, offset_groups=2)
     tensors = case.tensors(dtype)
-    expected = modulated_deform_conv2d(*tensors, *case.geometry)
+    expected = deform(*tensors, *case.geometry)
     assert expected.is_contiguous()
-    grads = gradients(modulated_deform_conv2d, tensors, case.geometry)
+    grads = gradients(deform, tensors, case.geometry)
     for position in range(4):
         plain = tensors[position]
-        assert plain is not None
         for name, variant in layouts(plain):
             changed = [*tensors[:position], variant, *tensors[position + 1 :]]
-            actual = modulated_deform_conv2d(*changed, *case.geometry)
+            actual = deform(*changed, *case.geometry)
             assert_same(actual, expected)
             channels_last = position == 0 and name == "channels_last"
             assert actual.is_contiguous() is not channels_last, (position, name)
             assert actual.is_contiguous(memory_format=torch.channels_last) is channels_last
-            for key, grad in gradients(modulated_deform_conv2d, changed, case.geometry).items():
+            for key, grad in gradients(deform, changed, case.geometry).items():
                 assert_same(grad, grads[key])
 
 
 def test_layout_of_the_incoming_gradient() -> None:
     for dtype in (DOUBLE, torch.float32):
         input, *rest = Case().tensors(dtype)
-        assert input is not None
         expected = None
         for _, seed in layouts(Case().tensors(dtype)[0]):
             leaf = input.clone().requires_grad_()
-            modulated_deform_conv2d(leaf, *rest, padding=1).backward(seed)
+            deform(leaf, *rest, padding=1).backward(seed)
             expected = leaf.grad if expected is None else expected
             assert_same(leaf.grad, expected)
 
@@ -422,11 +416,11 @@ def width_error(width: int, dtype: torch.dtype, autocast: bool) -> float:
     weight = torch.ones(1, 1, 1, 1, dtype=dtype)
     if autocast:
         with torch.autocast("cpu", dtype):
-            actual = modulated_deform_conv2d(image.float(), offset, None, weight.float())
+            actual = deform(image.float(), offset, None, weight.float())
     else:
-        actual = modulated_deform_conv2d(image, offset, None, weight)
+        actual = deform(image, offset, None, weight)
     assert actual.dtype == dtype
-    exact = modulated_deform_conv2d(image.double(), offset.double(), None, weight.double())
+    exact = deform(image.double(), offset.double(), None, weight.double())
     return (actual - exact).abs().max().item()
 
 
@@ -447,8 +441,8 @@ def test_low_precision_error_is_flat_in_the_width(dtype: torch.dtype, autocast: 
 def test_autocast_leaves_fp64_alone() -> None:
     tensors = Case().tensors()
     with torch.autocast("cpu", torch.bfloat16):
-        actual = modulated_deform_conv2d(*tensors, padding=1)
-    assert_same(actual, modulated_deform_conv2d(*tensors, padding=1))
+        actual = deform(*tensors, padding=1)
+    assert_same(actual, deform(*tensors, padding=1))
 
 
 # --------------------------------------------------------------------------------------------- edges
@@ -457,7 +451,7 @@ def test_autocast_leaves_fp64_alone() -> None:
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_batch_0(dtype: torch.dtype) -> None:
     tensors = [t.requires_grad_() for t in Case(batch=0).tensors(dtype) if t is not None]
-    out = modulated_deform_conv2d(*tensors, padding=1)
+    out = deform(*tensors, padding=1)
     assert out.shape == (0, 4, 5, 6)
     for tensor, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors)):
         assert grad.shape == tensor.shape
@@ -471,16 +465,15 @@ def test_far_offsets_sample_zeros(dtype: torch.dtype, far: float, axes: tuple[in
     case = Case(channels=8, offset_groups=2)
     tensors = case.tensors(dtype)
     offset, mask = tensors[1:3]
-    assert offset is not None and mask is not None
     wild = offset.clone()
     for axis in axes:
         wild[0, 2 * 4 + axis, 2, 3] = far  # group 0, tap 4, one pixel
     closed = mask.clone()
     closed[0, 4, 2, 3] = 0
-    actual = modulated_deform_conv2d(tensors[0], wild, *tensors[2:], padding=1)
-    expected = modulated_deform_conv2d(tensors[0], offset, closed, *tensors[3:], padding=1)
+    actual = deform(tensors[0], wild, *tensors[2:], padding=1)
+    expected = deform(tensors[0], offset, closed, *tensors[3:], padding=1)
     assert_same(actual, expected)
-    grads = gradients(modulated_deform_conv2d, [tensors[0], wild, *tensors[2:]], case.geometry)
+    grads = gradients(deform, [tensors[0], wild, *tensors[2:]], case.geometry)
     for name, grad in grads.items():
         assert grad.isfinite().all(), name
     assert not grads["offset"][0, 8:10, 2, 3].any()
@@ -493,17 +486,16 @@ def test_nan_offset_gives_nan_there_and_only_there(dtype: torch.dtype, axis: int
     """One NaN in offset group 1 of 2, tap 4, pixel (2, 3) of image 0; convolution group 1 of 2 reads it."""
     case = Case(channels=8, out_channels=4, groups=2, offset_groups=2)
     tensors = case.tensors(dtype)
-    assert tensors[1] is not None
     channel = 2 * (9 + 4) + axis
-    clean = modulated_deform_conv2d(*tensors, padding=1)
-    clean_grads = gradients(modulated_deform_conv2d, tensors, case.geometry)
+    clean = deform(*tensors, padding=1)
+    clean_grads = gradients(deform, tensors, case.geometry)
     tensors[1][0, channel, 2, 3] = math.nan
-    out = modulated_deform_conv2d(*tensors, padding=1)
+    out = deform(*tensors, padding=1)
     expected = clean.clone()
     expected[0, 2:, 2, 3] = math.nan
     assert_same(out, expected)
 
-    grads = gradients(modulated_deform_conv2d, tensors, case.geometry)
+    grads = gradients(deform, tensors, case.geometry)
     where = {name: grad.isnan() for name, grad in grads.items()}
     touched = torch.zeros_like(where["weight"])
     touched[2:, :, 1, 1] = True  # tap 4 of the second group's output channels
@@ -526,7 +518,7 @@ def test_nan_pixel_stays_where_it_is_sampled(dtype: torch.dtype) -> None:
     image[0, 0, 0, 0] = math.nan
     offset = torch.full((1, 2, 3, 3), 50.0)
     offset[..., 2, 2] = 0
-    out = modulated_deform_conv2d(image, offset, None, torch.ones(1, 1, 1, 1, dtype=dtype))
+    out = deform(image, offset, None, torch.ones(1, 1, 1, 1, dtype=dtype))
     assert_same(out, torch.zeros_like(out))
 
 
@@ -547,8 +539,8 @@ def test_deterministic_over_runs_and_threads(dtype: torch.dtype, two_threads: No
     results = []
     for threads in (1, 1, 2, 2):
         torch.set_num_threads(threads)
-        out = modulated_deform_conv2d(*tensors, *case.geometry)
-        results.append([out, *gradients(modulated_deform_conv2d, tensors, case.geometry).values()])
+        out = deform(*tensors, *case.geometry)
+        results.append([out, *gradients(deform, tensors, case.geometry).values()])
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert_same(a, b)
@@ -562,7 +554,7 @@ def assert_compiles(dtype: torch.dtype, sizes: list[tuple[int, int]], dynamic: b
     counter = CompileCounterWithBackend("aot_eager")
 
     def function(*tensors: Tensor) -> Tensor:
-        return modulated_deform_conv2d(*tensors, stride=(2, 1), padding=1)
+        return deform(*tensors, stride=(2, 1), padding=1)
 
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
     for batch, size in enumerate(sizes, 2):
@@ -591,7 +583,7 @@ def test_compile_fullgraph_of_the_pytorch_code() -> None:
 @needs_native
 def test_compiled_code_refuses_the_second_derivative() -> None:
     tensors = [t.requires_grad_() for t in Case().tensors(torch.float32) if t is not None]
-    compiled = torch.compile(modulated_deform_conv2d, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(deform, backend="aot_eager", fullgraph=True)
     (grad,) = torch.autograd.grad(
         compiled(*tensors, padding=1).sum(), tensors[0], create_graph=True
     )
@@ -609,7 +601,6 @@ def test_opcheck(name: str) -> None:
     for batch in (0, 2):
         case = Case(**{**CASES[name].__dict__, "batch": batch})
         input, offset, mask, weight, bias = case.tensors(torch.float32)
-        assert input is not None
         image = input.contiguous(memory_format=torch.channels_last)
         geometry = tuple(v for pair in case.geometry for v in pair)
         forward = torch.ops.mafnet_ops.modulated_deform_conv2d_forward
@@ -626,7 +617,7 @@ def test_opcheck(name: str) -> None:
 def call(**changed: Any) -> Tensor:
     names = ("input", "offset", "mask", "weight", "bias")
     arguments: dict[str, Any] = dict(zip(names, Case().tensors(torch.float32)))
-    return modulated_deform_conv2d(**{**arguments, "padding": 1, **changed})
+    return deform(**{**arguments, "padding": 1, **changed})
 
 
 def zeros(*shape: int, **options: Any) -> Tensor:
@@ -805,7 +796,7 @@ def test_module_equals_the_function() -> None:
     module = ModulatedDeformConv2d(6, 4, case.kernel, *case.geometry, groups=2)
     module.load_state_dict({"weight": weight, "bias": bias})
     for m in (mask, None):
-        expected = modulated_deform_conv2d(input, offset, m, weight, bias, *case.geometry)
+        expected = deform(input, offset, m, weight, bias, *case.geometry)
         assert_same(module(input, offset, m), expected)
 
 

@@ -99,6 +99,10 @@ def chain(
     return module.requires_grad_(False)
 
 
+def doubled(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
 def arrays(tensors: list[Tensor]) -> dict[str, Any]:
     return dict(zip(LAYERS, (to_array(t) for t in tensors)))
 
@@ -117,12 +121,11 @@ def test_every_size_equals_both_oracles(mask_from: str) -> None:
         image = uniform(2, 2, *size)
         out = pyramid_spatial_attention(image, weights, biases, mask_from=mask_from)
         assert_rounding_only(out, module(image), TERMS, 8)
-        expected = [
-            pyramid_loop(to_array(x), arrays(weights), arrays(biases), mask_from=mask_from)
-            for x in image
-        ]
-        expected = torch.stack([torch.from_numpy(x) for x in expected])
-        assert_rounding_only(out, expected, TERMS, 8)
+        for one, x in zip(out, image):
+            expected = pyramid_loop(
+                to_array(x), arrays(weights), arrays(biases), mask_from=mask_from
+            )
+            assert_rounding_only(one, torch.from_numpy(expected), TERMS, 8)
 
 
 def test_pool_concat_of_every_size() -> None:
@@ -169,8 +172,8 @@ def test_resize_add_of_every_size() -> None:
 def test_spatial_gate(mask_from: str, scale: float, slope: float) -> None:
     image, mask = uniform(1, 3, 4, 5), uniform(1, 3, 4, 5, seed=1)
     weight, bias = uniform(3, 3, 1, 1), uniform(3)
-    args = [to_array(t) for t in (weight, bias)]
-    expected = gate_loop(to_array(image)[0], to_array(mask)[0], *args, scale, slope, mask_from)
+    x, m, w, b = (to_array(t) for t in (image, mask, weight, bias))
+    expected = gate_loop(x[0], m[0], w, b, scale, slope, mask_from)
     out = spatial_gate(image, mask, weight, bias, scale, slope, mask_from)
     assert_rounding_only(out, torch.from_numpy(expected)[None], 12, 3)
     bare = spatial_gate(image, mask, weight, None, scale, slope, mask_from)
@@ -238,7 +241,7 @@ def test_low_precision_values_and_gradients(size: tuple[int, int], dtype: torch.
     image = uniform(2, 8, *size, dtype=dtype)
     modules = [
         chain(8, weights, biases),
-        chain(8, *([t.double() for t in p] for p in (weights, biases))),
+        chain(8, doubled(weights), doubled(biases)),
     ]
     out = pyramid_spatial_attention(image, weights, biases)
     baseline, exact = modules[0](image), modules[1](image.double())
@@ -336,13 +339,13 @@ def test_negative_slope_and_scale_reach_every_stage() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     """Convolutions in ``dtype``, gate and sum in fp32 with an fp32 input."""
-    weights, biases = (list(p) for p in parameters(8, torch.float32))
+    weights, biases = parameters(8, torch.float32)
     image = uniform(1, 8, 9, 7, dtype=torch.float32)
     with torch.autocast("cpu", dtype):
         out = pyramid_spatial_attention(image, weights, biases)
         baseline = chain(8, weights, biases)(image)
     assert out.dtype == baseline.dtype
-    module = chain(8, *([t.double() for t in p] for p in (weights, biases)))
+    module = chain(8, doubled(weights), doubled(biases))
     assert_as_accurate(out, baseline, module(image.double()), terms=TERMS)
 
 

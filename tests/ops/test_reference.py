@@ -16,6 +16,10 @@ from mafnet_ops import deform_align, modulated_deform_conv2d, reference
 
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
+# Called with unpacked lists, which a type checker cannot count.
+deform: Callable[..., Tensor] = modulated_deform_conv2d
+align: Callable[..., Tensor] = deform_align
+by_torch: Callable[..., Tensor] = deform_conv2d_torch
 GEOMETRY = ((2, 1), (1, 2), (1, 2))
 
 
@@ -56,17 +60,17 @@ def test_fallback_deform_conv(dtype: torch.dtype, no_kernel: None) -> None:
     """Its coordinates are normalised: off by a few roundings of 40 px, beside a slope of 2 per pixel."""
     tensors = deform_tensors(dtype)
     wide = [t.double() for t in tensors]
-    exact = deform_conv2d_torch(*wide, *GEOMETRY)
-    actual = modulated_deform_conv2d(*tensors, *GEOMETRY)
+    exact = by_torch(*wide, *GEOMETRY)
+    actual = deform(*tensors, *GEOMETRY)
     assert actual.dtype == dtype
     fractions = 4 * 40 * torch.finfo(torch.float32).eps / 2 * 2 * 27  # 27 samples of an output
     error = (actual - exact).abs().max().item()
-    baseline = (deform_conv2d_torch(*tensors, *GEOMETRY) - exact).abs().max().item()
+    baseline = (by_torch(*tensors, *GEOMETRY) - exact).abs().max().item()
     assert error <= 2 * baseline + fractions
     for a, b, e in zip(
-        gradients(modulated_deform_conv2d, tensors),
-        gradients(deform_conv2d_torch, tensors),
-        gradients(deform_conv2d_torch, wide),
+        gradients(deform, tensors),
+        gradients(by_torch, tensors),
+        gradients(by_torch, wide),
     ):
         # Up to 480 positions are summed into one element of a gradient.
         allowed = 2 * (b - e).abs().max().item() + fractions * 480 / 27
@@ -77,10 +81,10 @@ def test_fallback_deform_conv(dtype: torch.dtype, no_kernel: None) -> None:
 @pytest.mark.parametrize("wild", [math.inf, -math.inf, 1e9, math.nan])
 def test_fallback_at_wild_offsets(dtype: torch.dtype, wild: float, no_kernel: None) -> None:
     tensors = deform_tensors(dtype)
-    clean = modulated_deform_conv2d(*tensors, *GEOMETRY)
+    clean = deform(*tensors, *GEOMETRY)
     # Offset group 0, tap 4, one output pixel: read by convolution group 0 alone.
     tensors[1][1, 8, 3, 20] = wild
-    out = modulated_deform_conv2d(*tensors, *GEOMETRY)
+    out = deform(*tensors, *GEOMETRY)
     if math.isnan(wild):
         expected = clean.clone()
         expected[1, :2, 3, 20] = math.nan
@@ -89,9 +93,9 @@ def test_fallback_at_wild_offsets(dtype: torch.dtype, wild: float, no_kernel: No
         closed[1] = deform_tensors(dtype)[1]
         closed[2] = tensors[2].clone()
         closed[2][1, 4, 3, 20] = 0
-        expected = modulated_deform_conv2d(*closed, *GEOMETRY)
+        expected = deform(*closed, *GEOMETRY)
     assert_same(out, expected)
-    grads = gradients(modulated_deform_conv2d, tensors)
+    grads = gradients(deform, tensors)
     assert grads[0].isfinite().all()
     if not math.isnan(wild):
         assert all(g.isfinite().all() for g in grads)
@@ -107,16 +111,16 @@ def test_fallback_second_derivative_is_right_or_refused(no_kernel: None) -> None
         return torch.autograd.grad(grad.square().sum() + leaves[1].sum(), leaves[1])[0] - 1
 
     tensors = deform_tensors(torch.float32)
-    exact = second(deform_conv2d_torch, [t.double() for t in tensors])
+    exact = second(by_torch, [t.double() for t in tensors])
     assert exact.abs().max() > 1
     try:
-        actual = second(modulated_deform_conv2d, tensors)
+        actual = second(deform, tensors)
     except RuntimeError as error:
         assert "not implemented" in str(error)
         return
     # Coordinates are off by a few roundings of 40 px; the values have a slope of twice their size per pixel.
     pixels = 4 * 40 * torch.finfo(torch.float32).eps / 2
-    baseline = (second(deform_conv2d_torch, tensors) - exact).abs().max().item()
+    baseline = (second(by_torch, tensors) - exact).abs().max().item()
     allowed = 2 * baseline + 2 * pixels * exact.abs().max().item()
     assert (actual - exact).abs().max().item() <= allowed
 
@@ -124,13 +128,13 @@ def test_fallback_second_derivative_is_right_or_refused(no_kernel: None) -> None
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_fallback_formats_and_batch_0(dtype: torch.dtype, no_kernel: None) -> None:
     tensors = deform_tensors(dtype)
-    expected = modulated_deform_conv2d(*tensors, *GEOMETRY)
+    expected = deform(*tensors, *GEOMETRY)
     tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
-    out = modulated_deform_conv2d(*tensors, *GEOMETRY)
+    out = deform(*tensors, *GEOMETRY)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert_same(out, expected)
     none = [t.requires_grad_() for t in deform_tensors(dtype, batch=0)]
-    out = modulated_deform_conv2d(*none, *GEOMETRY)
+    out = deform(*none, *GEOMETRY)
     assert out.shape == (0, *expected.shape[1:])
     for tensor, grad in zip(none, torch.autograd.grad(out.sum(), none)):
         assert grad.shape == tensor.shape
@@ -139,9 +143,9 @@ def test_fallback_formats_and_batch_0(dtype: torch.dtype, no_kernel: None) -> No
 def test_fallback_serves_deform_align(no_kernel: None) -> None:
     image, raw = uniform(1, 2, 5, 6), uniform(1, 54, 5, 6)
     weight, flow = uniform(3, 2, 3, 3), uniform(1, 5, 6, 2) * 3
-    exact = deform_align(image, raw, weight, None, flow, flow)
+    exact = align(image, raw, weight, None, flow, flow)
     narrow = [t.float() for t in (image, raw, weight)]
-    out = deform_align(*narrow, None, flow.float(), flow.float())
+    out = align(*narrow, None, flow.float(), flow.float())
     offsets = [
         reference.deform_align_offsets(r, f, f, 10.0)[0]
         for r, f in ((raw, flow), (narrow[1], flow.float()))
@@ -192,6 +196,6 @@ def test_coordinates_are_fp32_below_fp64(dtype: torch.dtype) -> None:
     assert offset.dtype == mask.dtype == torch.float32
     exact = align_offsets_loop(raw, flow, None, 9, 10.0)
     base = flow.permute(0, 3, 1, 2).flip(1).repeat(1, 9, 1, 1)
-    by_torch = 10 * torch.tanh(raw[:, :18].float()) + base
-    assert_as_accurate(offset, by_torch, exact[0])
+    expected = 10 * torch.tanh(raw[:, :18].float()) + base
+    assert_as_accurate(offset, expected, exact[0])
     assert_as_accurate(mask, torch.sigmoid(raw[:, 18:].float()), exact[1])

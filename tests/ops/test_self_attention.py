@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +24,18 @@ from mafnet_ops import SelfAttention, reference, self_attention
 
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
+# Called with unpacked lists, which a type checker cannot count.
+attention: Callable[..., Tensor] = self_attention
+by_loop: Callable[..., Tensor] = attention_loop
+by_window_loop: Callable[..., Tensor] = windowed_attention_loop
 
 # (N, heads, L, D_qk, D_v)
 SHAPES = [(2, 3, 7, 4, 5), (1, 1, 1, 1, 1), (1, 2, 33, 8, 64), (3, 1, 12, 5, 2), (1, 1, 2, 16, 1)]
 
 
-def tensors(
-    batch: int, heads: int, length: int, d_qk: int, d_v: int, dtype: torch.dtype = DOUBLE
-) -> list[Tensor]:
-    """Query, key and value within [-1, 1]."""
+def tensors(*shape: int, dtype: torch.dtype = DOUBLE) -> list[Tensor]:
+    """Query, key and value of a shape as in ``SHAPES``, within [-1, 1]."""
+    batch, heads, length, d_qk, d_v = shape
     generator = torch.Generator().manual_seed(length)
     return [
         (torch.rand(batch, heads, length, d, generator=generator, dtype=DOUBLE) * 2 - 1).to(dtype)
@@ -40,9 +43,10 @@ def tensors(
     ]
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+def sdpa(*tensors_and_scale: Any) -> Tensor:
+    query, key, value, *scale = tensors_and_scale
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, scale=scale[0] if scale else 1.0)
 
 
 def gradients(function: Any, given: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -65,17 +69,17 @@ def terms(shape: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
 def test_fp64_values_equal_both_oracles(shape: tuple[int, ...], scale: float) -> None:
     given = tensors(*shape)
-    actual = self_attention(*given, scale)
+    actual = attention(*given, scale)
     # An error of a score, at most scale * D_qk large, multiplies its exponential by as much.
     magnitude = max(1.0, scale * shape[3])
-    assert_rounding_only(actual, attention_loop(*given, scale), terms(shape), magnitude)
+    assert_rounding_only(actual, by_loop(*given, scale), terms(shape), magnitude)
     assert_rounding_only(actual, sdpa(*given, scale), terms(shape), magnitude)
 
 
 def test_default_scale_is_one() -> None:
     given = tensors(*SHAPES[0])
-    assert_same(self_attention(*given), self_attention(*given, scale=1.0))
-    assert (self_attention(*given) - sdpa(*given, 0.5)).abs().max() > 1e-3
+    assert_same(attention(*given), attention(*given, scale=1.0))
+    assert (attention(*given) - sdpa(*given, 0.5)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,12 +87,10 @@ def test_default_scale_is_one() -> None:
 def test_low_precision_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = tensors(*shape, dtype=dtype)
     wide = [t.double() for t in given]
-    actual, baseline, exact = self_attention(*given), sdpa(*given), sdpa(*wide)
+    actual, baseline, exact = attention(*given), sdpa(*given), sdpa(*wide)
     assert actual.dtype == dtype
     assert_as_accurate(actual, baseline, exact, "values", terms(shape))
-    grads = zip(
-        *(gradients(f, g) for f, g in ((self_attention, given), (sdpa, given), (sdpa, wide)))
-    )
+    grads = zip(*(gradients(f, g) for f, g in ((attention, given), (sdpa, given), (sdpa, wide))))
     for name, (a, b, e) in zip(("query", "key", "value"), grads):
         assert_as_accurate(a, b, e, f"grad_{name}", terms(shape))
 
@@ -99,8 +101,8 @@ def test_large_scores(dtype: torch.dtype) -> None:
     signs = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).repeat(1, 32)
     query = (60 * signs).view(1, 1, 2, 64).to(dtype)
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 2).to(dtype)
-    assert_same(self_attention(query, query, value), value)
-    for grad in gradients(self_attention, [query, query, value]):
+    assert_same(attention(query, query, value), value)
+    for grad in gradients(attention, [query, query, value]):
         assert grad.isfinite().all()
 
 
@@ -112,7 +114,7 @@ def test_scores_are_not_rounded_to_half(dtype: torch.dtype) -> None:
     value = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).to(dtype)
     expected = 1 / (1 + math.exp(-0.5))
     for scale in (1.0, 1.0 + 2.0**-20):  # the scale is not rounded either
-        out = self_attention(query, key, value, scale)
+        out = attention(query, key, value, scale)
         assert abs(out.double() - expected).max().item() <= torch.finfo(dtype).eps
 
 
@@ -120,19 +122,19 @@ def test_autocast_keeps_scores_in_fp32() -> None:
     given = tensors(1, 2, 33, 8, 8, dtype=torch.float32)
     given[:2] = [t * 8 for t in given[:2]]
     with torch.autocast("cpu", torch.bfloat16):
-        out = self_attention(*given)
-        windowed = self_attention(*given, 1.0, 40, (3, 11))
-        mixed = self_attention(given[0].bfloat16(), *given[1:])
+        out = attention(*given)
+        windowed = attention(*given, 1.0, 40, (3, 11))
+        mixed = attention(given[0].bfloat16(), *given[1:])
     low = [t.bfloat16() for t in given]
-    expected = self_attention(*low)
+    expected = attention(*low)
     assert out.dtype == torch.bfloat16
     for result in (out, windowed, mixed):
         assert_same(result, expected)
     assert_as_accurate(out, sdpa(*low), sdpa(*(t.double() for t in low)), terms=200)
     wide = tensors(*SHAPES[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(self_attention(*wide), self_attention(*wide))
-        assert self_attention(*wide).dtype == DOUBLE
+        assert_same(attention(*wide), attention(*wide))
+        assert attention(*wide).dtype == DOUBLE
 
 
 # ----------------------------------------------------------------------------------------- gradients
@@ -146,7 +148,7 @@ def test_gradcheck_twice(window: int | None, blocks: bool, monkeypatch: Any) -> 
     given = [t.requires_grad_() for t in tensors(1, 2, 6, 2, 3)]
 
     def function(*args: Tensor) -> Tensor:
-        return self_attention(*args, 0.7, window, (3, 2))
+        return attention(*args, 0.7, window, (3, 2))
 
     assert gradcheck(function, given)
     assert gradgradcheck(function, given, fast_mode=True)
@@ -176,10 +178,10 @@ class ScoreMeter:
 def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
     """2 heads, 14 tokens: 392 scores. Less room, same result, forward and backward."""
     given = tensors(1, 2, 14, 3, 4)
-    expected, grads = self_attention(*given), gradients(self_attention, given)
+    expected, grads = attention(*given), gradients(attention, given)
     monkeypatch.setattr(reference, "MAX_SCORES", limit)
     meter = ScoreMeter(monkeypatch)
-    assert_rounding_only(self_attention(*given), expected, terms((1, 2, 14, 3, 4)))
+    assert_rounding_only(attention(*given), expected, terms((1, 2, 14, 3, 4)))
     at_least_one_row = max(limit, 2 * 14)
     assert meter.largest() <= at_least_one_row
     assert sum(meter.sizes) == 392
@@ -191,7 +193,7 @@ def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        actual = gradients(self_attention, given)
+        actual = gradients(attention, given)
     for a, e in zip(actual, grads):
         assert_rounding_only(a, e, terms((1, 2, 14, 3, 4)), 4)
     assert meter.largest() <= at_least_one_row
@@ -204,10 +206,10 @@ def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
 
 def test_windows_are_bounded_too(monkeypatch: Any) -> None:
     given = tensors(1, 1, 64, 2, 2)
-    expected = self_attention(*given, 1.0, 4, (8, 8))
+    expected = attention(*given, 1.0, 4, (8, 8))
     monkeypatch.setattr(reference, "MAX_SCORES", 64)
     meter = ScoreMeter(monkeypatch)
-    out = self_attention(*given, 1.0, 4, (8, 8))
+    out = attention(*given, 1.0, 4, (8, 8))
     assert_rounding_only(out, expected, terms((1, 1, 16, 2, 2)))
     assert meter.largest() <= 64
 
@@ -229,15 +231,15 @@ def test_more_keys_than_16_bits_count(length: int, monkeypatch: Any) -> None:
 
 def test_65537_tokens_fit_in_windows() -> None:
     start = time.monotonic()
-    given = [t.requires_grad_() for t in tensors(1, 1, 65537, 2, 2, torch.float32)]
-    out = self_attention(*given, 1.0, 16, (1, 65537))
+    given = [t.requires_grad_() for t in tensors(1, 1, 65537, 2, 2, dtype=torch.float32)]
+    out = attention(*given, 1.0, 16, (1, 65537))
     out.sum().backward()
     assert time.monotonic() - start < 10
-    last = tensors(1, 1, 65537, 2, 2, torch.float32)[2][..., -1:, :]
+    last = tensors(1, 1, 65537, 2, 2, dtype=torch.float32)[2][..., -1:, :]
     assert_same(out[..., -1:, :], last)  # a window of its own
     with torch.no_grad():
         middle = [t[:, :, 65504:65520].detach() for t in given]
-        assert_rounding_only(out[:, :, 65504:65520], self_attention(*middle), 40)
+        assert_rounding_only(out[:, :, 65504:65520], attention(*middle), 40)
 
 
 @pytest.mark.slow
@@ -247,7 +249,7 @@ def test_65537_tokens_fit() -> None:
     query, key = torch.randn(2, 1, 1, 65537, 1)
     value = torch.cat([torch.ones(1, 1, 65537, 1), torch.arange(65537.0).view(1, 1, -1, 1)], -1)
     with torch.no_grad():
-        out = self_attention(query, key, value)
+        out = attention(query, key, value)
     rows = [0, 510, 511, 512, 65535, 65536]
     exact = sdpa(query[:, :, rows].double(), key.double(), value.double())
     # A sum of 65,537 positive terms: relative error of at most that many roundings.
@@ -263,15 +265,15 @@ def test_65537_tokens_fit() -> None:
 def test_windows_equal_full_attention_on_each(window: int, size: tuple[int, int]) -> None:
     shape = (2, 2, size[0] * size[1], 3, 4)
     given = tensors(*shape)
-    actual = self_attention(*given, 0.5, window, size)
-    expected = windowed_attention_loop(*given, 0.5, window, size)
+    actual = attention(*given, 0.5, window, size)
+    expected = by_window_loop(*given, 0.5, window, size)
     assert_rounding_only(actual, expected, terms(shape), 2)
 
 
 def test_windows_by_hand() -> None:
     """4 x 5 pixels in windows of 3: one whole, two cut by an edge, one corner."""
     given = tensors(1, 1, 20, 2, 3)
-    actual = self_attention(*given, 1.0, 3, (4, 5)).view(4, 5, 3)
+    actual = attention(*given, 1.0, 3, (4, 5)).view(4, 5, 3)
     images = [t.view(4, 5, -1) for t in given]
     for rows, columns in (
         (slice(0, 3), slice(0, 3)),
@@ -286,7 +288,7 @@ def test_windows_by_hand() -> None:
 
 def test_a_window_over_the_image_is_full_attention() -> None:
     given = tensors(2, 3, 20, 2, 3)
-    assert_same(self_attention(*given, 1.0, 5, (4, 5)), self_attention(*given))
+    assert_same(attention(*given, 1.0, 5, (4, 5)), attention(*given))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -301,8 +303,8 @@ def test_any_size(size: Any, window: int | None, widths: Any, dtype: torch.dtype
     given = tensors(*shape, dtype=dtype)
     wide = [t.double() for t in given]
     whole = window if window is not None else max(size)
-    exact = windowed_attention_loop(*wide, 0.5, whole, size)
-    actual = self_attention(*given, 0.5, window, size)
+    exact = by_window_loop(*wide, 0.5, whole, size)
+    actual = attention(*given, 0.5, window, size)
     if dtype == DOUBLE:
         assert_rounding_only(actual, exact, terms(shape), 5)
     else:
@@ -311,7 +313,8 @@ def test_any_size(size: Any, window: int | None, widths: Any, dtype: torch.dtype
         for i, a in enumerate(cell):
             mask[i] = torch.tensor([a == b for b in cell])
         with sdpa_kernel(SDPBackend.MATH):
-            baseline = F.scaled_dot_product_attention(*given, attn_mask=mask, scale=0.5)
+            q, k, v = given
+            baseline = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
         assert_as_accurate(actual, baseline, exact, terms=terms(shape))
 
 
@@ -322,7 +325,7 @@ def test_any_size(size: Any, window: int | None, widths: Any, dtype: torch.dtype
 @pytest.mark.parametrize("window", [None, 2])
 def test_strides(dtype: torch.dtype, window: int | None) -> None:
     given = tensors(2, 2, 12, 3, 4, dtype=dtype)
-    expected = self_attention(*given, 1.0, window, (3, 4))
+    expected = attention(*given, 1.0, window, (3, 4))
     for position, plain in enumerate(given):
         padded = F.pad(plain, (1, 1, 1, 1), value=math.nan)[..., 1:-1, 1:-1]
         variants = [
@@ -332,7 +335,7 @@ def test_strides(dtype: torch.dtype, window: int | None) -> None:
         ]
         for variant in variants:
             changed = [*given[:position], variant, *given[position + 1 :]]
-            out = self_attention(*changed, 1.0, window, (3, 4))
+            out = attention(*changed, 1.0, window, (3, 4))
             assert_as_accurate(out, expected, expected.double(), terms=terms((2, 2, 12, 3, 4)))
 
 
@@ -340,23 +343,23 @@ def test_strides(dtype: torch.dtype, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 2])
 def test_batch_0(dtype: torch.dtype, window: int | None) -> None:
     given = tensors(0, 2, 12, 3, 4, dtype=dtype)
-    assert self_attention(*given, 1.0, window, (3, 4)).shape == (0, 2, 12, 4)
-    grads = gradients(self_attention, given, 1.0, window, (3, 4))
+    assert attention(*given, 1.0, window, (3, 4)).shape == (0, 2, 12, 4)
+    grads = gradients(attention, given, 1.0, window, (3, 4))
     assert [g.shape for g in grads] == [t.shape for t in given]
 
 
 def test_no_tokens() -> None:
-    assert self_attention(*tensors(2, 1, 0, 3, 4)).shape == (2, 1, 0, 4)
+    assert attention(*tensors(2, 1, 0, 3, 4)).shape == (2, 1, 0, 4)
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_nan_stays_in_its_row_or_window(window: int | None) -> None:
     given = tensors(1, 1, 12, 3, 4)
     given[0][0, 0, 5, 1] = math.nan  # pixel (1, 1) of 3 x 4
-    out = self_attention(*given, 1.0, window, (3, 4))
+    out = attention(*given, 1.0, window, (3, 4))
     assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [5]
     given[1][0, 0, 5, 1] = math.nan
-    out = self_attention(*given, 1.0, window, (3, 4))
+    out = attention(*given, 1.0, window, (3, 4))
     rows = list(range(12)) if window is None else [0, 1, 4, 5]
     assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == rows
 
@@ -375,7 +378,7 @@ def test_deterministic_over_runs(dtype: torch.dtype, two_threads: None) -> None:
     first = None
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        a, b = ([self_attention(*given), *gradients(self_attention, given)] for _ in range(2))
+        a, b = ([attention(*given), *gradients(attention, given)] for _ in range(2))
         first = first or a
         for x, y, z in zip(a, b, first):
             assert_same(x, y)
@@ -392,18 +395,18 @@ def test_compile_fullgraph(window: int | None, blocks: bool, monkeypatch: Any) -
 
     def function(query: Tensor, key: Tensor, value: Tensor, height: int) -> Tensor:
         size = (height, query.shape[2] // height)
-        return self_attention(query, key, value, 0.5, window, size)
+        return attention(query, key, value, 0.5, window, size)
 
     dynamic = not blocks and window is None
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
     for height in (5, 6) if dynamic else (5,):
-        given = tensors(3, 2, height * 7, 4, 9, torch.float32)
+        given = tensors(3, 2, height * 7, 4, 9, dtype=torch.float32)
         expected = gradients(function, given, height)
         for a, e in zip(gradients(compiled, given, height), expected):
             assert_as_accurate(a, e, e.double(), terms=terms((3, 2, 42, 4, 9)))
-        leaves = [t.requires_grad_() for t in given]
-        out = function(*given, height)
-        assert_as_accurate(compiled(*leaves, height), out, out.double(), terms=100)
+        q, k, v = (t.requires_grad_() for t in given)
+        out = function(q, k, v, height)
+        assert_as_accurate(compiled(q, k, v, height), out, out.double(), terms=100)
     assert counter.frame_count == 1
     assert counter.op_count > 0
 
@@ -469,7 +472,7 @@ ERRORS = [
 @pytest.mark.parametrize("changed, error, message", ERRORS, ids=[e[2] for e in ERRORS])
 def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^self_attention: {re.escape(message)}$"):
-        self_attention(**{"query": _Q, "key": _Q, "value": _Q, **changed})
+        attention(**{"query": _Q, "key": _Q, "value": _Q, **changed})
 
 
 # -------------------------------------------------------------------------------------------- module
@@ -509,7 +512,7 @@ def test_module_values(window: int | None, size: tuple[int, int]) -> None:
         for conv in (module.query, module.key, module.value)
     ]
     side = max(size) if window is None else window
-    attended = windowed_attention_loop(*tokens, 1.0, side, size)[:, 0].mT.reshape(image.shape)
+    attended = by_window_loop(*tokens, 1.0, side, size)[:, 0].mT.reshape(image.shape)
     # Values of a convolution of eight channels of weights below 1 / sqrt(8) are below 4.
     assert_rounding_only(module(image).detach(), image + 0.7 * attended, 60, 4)
     assert all(p.grad is None for p in module.parameters())
@@ -517,4 +520,5 @@ def test_module_values(window: int | None, size: tuple[int, int]) -> None:
     # The softmax does not see what is added to all scores, so the bias of the key alone has no gradient.
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
-        assert (parameter.grad.abs().max() > 1e-9) is not (name == "key.bias"), name
+        has_gradient = parameter.grad.abs().max().item() > 1e-9
+        assert has_gradient is not (name == "key.bias"), name
