@@ -71,10 +71,9 @@ def _sample_bilinear_once(image: Tensor, y: Tensor, x: Tensor, width_hint: int) 
     the version of torch, and up to 1e-4 px off at 1080p, since it takes normalised coordinates.
     ``width_hint`` divides P."""
     height, width = image.shape[-2:]
-    y, x = (
-        y.clamp(-1, height),
-        x.clamp(-1, width),
-    )  # grid_sample's index of an infinite coordinate is undefined
+    # grid_sample's index of an infinite coordinate is undefined. Rounding moves a coordinate of -1 or of the size a
+    # little into the image, so that far ones are kept a whole pixel from it.
+    y, x = y.clamp(-2, height + 1), x.clamp(-2, width + 1)
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
     grid = grid.view(image.shape[0], -1, width_hint, 2)
     return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=False).flatten(2)

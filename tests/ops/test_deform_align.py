@@ -26,7 +26,8 @@ DOUBLE = torch.float64
 align: Callable[..., Tensor] = deform_align  # a type checker cannot count unpacked arguments
 
 # (offset groups, flows, convolution groups, kernel, (H, W))
-SHAPES = [
+Shape = tuple[int, int, int, tuple[int, int], tuple[int, int]]
+SHAPES: list[Shape] = [
     (1, 0, 1, (3, 3), (5, 6)),
     (2, 1, 1, (3, 3), (5, 4)),
     (4, 2, 2, (3, 3), (4, 5)),
@@ -37,16 +38,9 @@ SHAPES = [
 TENSORS = ("input", "raw", "weight", "bias", "flow_1", "flow_2")
 
 
-def arguments(
-    groups: int,
-    flows: int,
-    conv_groups: int,
-    kernel: tuple[int, int],
-    size: tuple[int, int],
-    dtype: torch.dtype = DOUBLE,
-    batch: int = 2,
-) -> dict[str, Any]:
+def arguments(shape: Shape, dtype: torch.dtype = DOUBLE, batch: int = 2) -> dict[str, Any]:
     """8 channels, raw within [-1, 1], flows within [-3, 3]; fp32 flows beside half features."""
+    groups, flows, conv_groups, kernel, size = shape
     generator = torch.Generator().manual_seed(groups + 10 * flows)
 
     def uniform(*shape: int) -> Tensor:
@@ -122,8 +116,8 @@ def terms(given: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fp64_values_equal_both_oracles(shape: Any) -> None:
-    given = arguments(*shape)
+def test_fp64_values_equal_both_oracles(shape: Shape) -> None:
+    given = arguments(shape)
     expected = align_loop(given)
     # tanh, its factor and the flow put a few roundings of up to 5 px into a coordinate, of slope 2 at most.
     assert_rounding_only(op(given), expected, terms(given), 10)
@@ -133,8 +127,8 @@ def test_fp64_values_equal_both_oracles(shape: Any) -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_low_precision_values_and_gradients(shape: Any, dtype: torch.dtype) -> None:
-    given = arguments(*shape, dtype=dtype)
+def test_low_precision_values_and_gradients(shape: Shape, dtype: torch.dtype) -> None:
+    given = arguments(shape, dtype)
     exact = align_torch(double(given))
     assert_as_accurate(op(given), align_torch(given), exact, "values", terms(given))
     actual, baseline = gradients(op, given), gradients(align_torch, given)
@@ -147,7 +141,7 @@ def test_low_precision_values_and_gradients(shape: Any, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_flow_is_x_then_y_in_pixels(dtype: torch.dtype) -> None:
     """Raw 0 and an integer flow: half the input, shifted, as output(p) = input(p + flow(p))."""
-    image = arguments(1, 0, 1, (3, 3), (5, 6), dtype)["input"]
+    image = arguments((1, 0, 1, (3, 3), (5, 6)), dtype)["input"]
     weight = torch.eye(8, dtype=dtype).view(8, 8, 1, 1)
     flow = torch.tensor([2.0, -1.0]).expand(2, 5, 6, 2)  # 2 right, 1 up
     raw = torch.zeros(2, 3, 5, 6, dtype=dtype)
@@ -183,7 +177,7 @@ def test_residue_is_bounded_and_masks_are_sigmoid() -> None:
 
 
 def test_stride_and_dilation_pass_through() -> None:
-    given = arguments(2, 0, 1, (3, 3), (9, 8))
+    given = arguments((2, 0, 1, (3, 3), (9, 8)))
     geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
     raw = given["raw"][:, :, :5].contiguous()
     out = align(given["input"], raw, given["weight"], None, None, None, 2.0, **geometry)
@@ -198,7 +192,7 @@ def test_stride_and_dilation_pass_through() -> None:
 
 
 def small() -> tuple[Any, list[Tensor]]:
-    given = arguments(2, 2, 2, (1, 2), (3, 3), batch=1)
+    given = arguments((2, 2, 2, (1, 2), (3, 3)), batch=1)
     names = [name for name in TENSORS if name in given]
     # Raw within [-0.2, 0.2] moves 0.4 px at most, about flows of x.5: no coordinate is near an integer.
     given["raw"] = given["raw"] * 0.2
@@ -250,7 +244,7 @@ def test_low_precision_error_is_flat_in_the_width(dtype: torch.dtype, autocast: 
 
 def test_channels_last_in_channels_last_out() -> None:
     for dtype in (DOUBLE, *LOW):
-        given = arguments(*SHAPES[2], dtype=dtype)
+        given = arguments(SHAPES[2], dtype=dtype)
         expected = op(given)
         for name in ("input", "raw"):
             changed = {**given, name: given[name].contiguous(memory_format=torch.channels_last)}
@@ -263,7 +257,7 @@ def test_channels_last_in_channels_last_out() -> None:
 
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_batch_0(dtype: torch.dtype) -> None:
-    given = arguments(*SHAPES[2], dtype=dtype, batch=0)
+    given = arguments(SHAPES[2], dtype=dtype, batch=0)
     assert op(given).shape == (0, 4, 4, 5)
     assert {k: g.shape for k, g in gradients(op, given).items()} == {
         k: given[k].shape for k in TENSORS
@@ -273,7 +267,7 @@ def test_batch_0(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_wild_flows(dtype: torch.dtype) -> None:
     """A far flow samples zeros, a NaN gives NaN there and only there."""
-    given = arguments(2, 2, 1, (1, 1), (4, 5), dtype=dtype)
+    given = arguments((2, 2, 1, (1, 1), (4, 5)), dtype=dtype)
     clean = op(given)
     for wild in (1e9, -math.inf, math.inf):
         flows = {k: torch.full_like(given[k], wild) for k in ("flow_1", "flow_2")}
@@ -297,7 +291,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
 def test_deterministic_over_runs_and_threads(dtype: torch.dtype, two_threads: None) -> None:
-    given = arguments(4, 2, 1, (3, 3), (17, 19), dtype=dtype)
+    given = arguments((4, 2, 1, (3, 3), (17, 19)), dtype=dtype)
     results = []
     for threads in (1, 1, 2):
         torch.set_num_threads(threads)
@@ -316,7 +310,7 @@ def test_compile_fullgraph_with_dynamic_shapes() -> None:
         return compiled(**given)
 
     for batch, size in ((5, (7, 11)), (6, (13, 17))):  # no batch of 2, the width of a flow
-        given = arguments(4, 2, 1, (3, 3), size, dtype=torch.float32, batch=batch)
+        given = arguments((4, 2, 1, (3, 3), size), dtype=torch.float32, batch=batch)
         expected = gradients(op, given)
         for name, grad in gradients(traced, given).items():
             assert_same(grad, expected[name])
@@ -394,7 +388,7 @@ def test_module_parameters_and_forward() -> None:
     module = DeformAlign(8, 4, 3, groups=2, max_residue_magnitude=2.0)
     shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     assert shapes == {"weight": (4, 4, 3, 3), "bias": (4,)}
-    given = arguments(4, 2, 2, (3, 3), (4, 5), dtype=torch.float32)
+    given = arguments((4, 2, 2, (3, 3), (4, 5)), dtype=torch.float32)
     module.load_state_dict({"weight": given["weight"], "bias": given["bias"]})
     assert_same(module(given["input"], given["raw"], given["flow_1"], given["flow_2"]), op(given))
     alone = {k: v for k, v in given.items() if not k.startswith("flow")}
@@ -408,7 +402,7 @@ def test_init_identity(groups: int) -> None:
     module = DeformAlign(8, 8, groups=groups).double()
     drawn = module.weight.detach().clone()
     module.init_identity()
-    image = arguments(*SHAPES[0])["input"]
+    image = arguments(SHAPES[0])["input"]
     out = module(image, torch.zeros(2, 27, 5, 6, dtype=DOUBLE)).detach()
     rest = F.conv2d(image, drawn * 0.05, padding=1, groups=groups)
     assert_rounding_only(out, image + rest, 8 * 9 + 2, 2)
