@@ -51,13 +51,14 @@ def build_report() -> dict[str, str | None]:
 
 def _load(name: str) -> str | None:
     """Import one of the shared objects; the reason where that fails, else None."""
-    try:
-        importlib.import_module(f"mafnet_ops.{name}")
-    except ModuleNotFoundError:
+    if not Path(__file__).with_name(f"{name}.abi3.so").exists():
+        # Asked of the file, not of the import system: another, editable install must not lend its library.
         key = "extension_missing_because" if name == "_C" else "cuda_missing_because"
         return f"mafnet_ops/{name}.abi3.so is not built: " + (
             build_report().get(key) or "no build ran"
         )
+    try:
+        importlib.import_module(f"mafnet_ops.{name}")
     except ImportError as error:
         return f"mafnet_ops/{name}.abi3.so does not load: {error}"
     return None
