@@ -43,8 +43,8 @@ class ClipScore:
 def main_eval(
     model: str,
     folders: list[str],
-    chunk: int = 15,
-    overlap: int = 3,
+    chunk: int = 5,
+    overlap: int = 1,
     degradation: Degradation = "BI",
     copies: bool = False,
     limit: int | None = None,
@@ -109,8 +109,8 @@ def score_clip(
     net: MAFnet,
     clip: EvalClip,
     degradation: Degradation = "BI",
-    chunk: int = 15,
-    overlap: int = 3,
+    chunk: int = 5,
+    overlap: int = 1,
     copies: bool = False,
     limit: int | None = None,
 ) -> ClipScore:
