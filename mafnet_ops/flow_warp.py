@@ -76,15 +76,16 @@ def flow_warp(
     Gradients flow to ``input`` and ``flow``, any number of times; forward mode, ``torch.func`` and vmap
     work. Where the sampled point falls on a pixel centre the gradient of the flow is that of the cell to
     the right or below (the other one where reflection has turned the axis round).
-    On the CPU it is deterministic. On CUDA the gradient of ``input`` uses fp32 atomics; under
-    ``torch.use_deterministic_algorithms(True)`` the PyTorch code runs instead.
+    On the CPU it is deterministic. On CUDA the gradient of ``input`` is summed by fp32 atomics, in no fixed
+    order; under ``torch.use_deterministic_algorithms(True)`` its terms are sorted first (16 bytes of
+    workspace a tap).
 
     Raises:
         TypeError: input or flow is no tensor, or has a dtype that does not fit.
         ValueError: a shape, device, interpolation or padding mode that does not fit.
     """
     flow = _check(input, flow, interpolation, padding_mode)
-    if not _use_native(input):
+    if input.device.type not in _NATIVE_DEVICES:
         return reference.flow_warp(input, flow, interpolation, padding_mode, return_mask)
     # Dynamo refuses a Function with a custom jvp and has no use for one.
     function = _FlowWarp if torch.compiler.is_compiling() else _FlowWarpWithJvp
@@ -116,12 +117,6 @@ def _require_choice(argument: str, value: str, choices: dict[str, int]) -> None:
     require(value in choices, _OP, argument, f"one of {', '.join(choices)}", repr(value))
 
 
-def _use_native(input: Tensor) -> bool:
-    if input.device.type not in _NATIVE_DEVICES:
-        return False
-    return not (input.is_cuda and torch.are_deterministic_algorithms_enabled())
-
-
 # ------------------------------------------------------------------------------------- schema and fake
 
 _library.LIBRARY.define(
@@ -130,7 +125,7 @@ _library.LIBRARY.define(
 )
 _library.LIBRARY.define(
     "flow_warp_backward(Tensor grad_output, Tensor input, Tensor flow, int interpolation, "
-    "int padding_mode, bool need_input, bool need_flow) -> (Tensor, Tensor)"
+    "int padding_mode, bool need_input, bool need_flow, bool deterministic) -> (Tensor, Tensor)"
 )
 _NATIVE_DEVICES = _library.register_op(_OP, ("flow_warp_forward", "flow_warp_backward"))
 
@@ -161,6 +156,7 @@ def _(
     padding_mode: int,
     need_input: bool,
     need_flow: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = input.shape
     grad_input = _empty_like_input(input, (batch if need_input else 0, channels, height, width))
@@ -211,9 +207,9 @@ class _FlowWarp(torch.autograd.Function):
             if torch.compiler.is_compiling()
             else _FlowWarpBackward.apply
         )
-        grad_input, grad_flow = backward(
-            grads[0], input, flow, ctx.interpolation, ctx.padding_mode, need_input, need_flow
-        )
+        options = ctx.interpolation, ctx.padding_mode, need_input, need_flow
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        grad_input, grad_flow = backward(grads[0], input, flow, *options, deterministic)
         return (
             grad_input if need_input else None,
             grad_flow if need_flow else None,
@@ -258,14 +254,15 @@ class _FlowWarpBackward(torch.autograd.Function):
         padding_mode: int,
         need_input: bool,
         need_flow: bool,
+        deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.mafnet_ops.flow_warp_backward(
-            grad_output, input, flow, interpolation, padding_mode, need_input, need_flow
-        )
+        options = interpolation, padding_mode, need_input, need_flow, deterministic
+        return torch.ops.mafnet_ops.flow_warp_backward(grad_output, input, flow, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        grad_output, input, flow, ctx.interpolation, ctx.padding_mode, *ctx.needs = inputs
+        grad_output, input, flow, ctx.interpolation, ctx.padding_mode, *needs = inputs
+        ctx.needs = needs[:2]
         ctx.save_for_backward(grad_output, input, flow)
         ctx.save_for_forward(grad_output, input, flow)
 
@@ -274,7 +271,7 @@ class _FlowWarpBackward(torch.autograd.Function):
         function = _reference_vjp(ctx.interpolation, ctx.padding_mode, ctx.needs)
         vjp: Any = torch.func.vjp(function, *ctx.saved_tensors)[1]
         wanted = tuple(g for g, need in zip(grads, ctx.needs) if need)
-        return (*vjp(wanted), None, None, None, None)
+        return (*vjp(wanted), None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "common/dtype.h"
 
@@ -93,6 +95,17 @@ inline Tensor empty_on(const Tensor& like, std::array<int64_t, 4> shape, ScalarT
                        MemoryFormat format) {
   return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, like.device(),
                               std::nullopt, format);
+}
+
+// The values in ascending order along the last dimension and where each came from; equal ones keep
+// their order.
+inline std::tuple<Tensor, Tensor> stable_sort(const Tensor& tensor) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(tensor), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 inline void copy_strides(const Tensor& tensor, int64_t (&strides)[4]) {

@@ -55,7 +55,7 @@ template <typename T, Interpolation I, int V, int G>
 __global__ void __launch_bounds__(kThreads) flow_warp_backward_kernel(const FlowWarpParams p) {
   using A = Accumulator<T>;
   constexpr int K = kTapsPerAxis<I>;
-  const int64_t pixels = p.batch * p.out_height * p.out_width;
+  const int64_t pixels = pixel_count(p);
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(item % G);
   const int64_t pixel = item / G;

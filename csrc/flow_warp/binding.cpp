@@ -63,9 +63,33 @@ std::tuple<Tensor, Tensor> flow_warp_forward(const Tensor& input, const Tensor& 
   return {output, mask};
 }
 
+// Sums grad_input by atomics, or, deterministic, from taps that are sorted by the pixel they read.
+void launch_backward(FlowWarpParams& params, const Tensor& flow, bool deterministic, void* stream) {
+  if constexpr (kIsCuda) {
+    if (deterministic && params.grad_input != nullptr) {
+      const int64_t stencil = params.interpolation == Interpolation::kNearest    ? 1
+                              : params.interpolation == Interpolation::kBilinear ? 4
+                                                                                 : 16;
+      const int64_t count = flow.size(1) * flow.size(2) * stencil;
+      const Tensor taps =
+          empty_on(flow, {1, 1, params.batch, count}, ScalarType::Long, MemoryFormat::Contiguous);
+      params.taps = static_cast<int64_t*>(taps.mutable_data_ptr());
+      check_launch(kOp, launch_flow_warp_backward_taps(params, stream));
+      const auto [sorted, order] = stable_sort(taps);
+      params.sorted_taps = static_cast<const int64_t*>(sorted.const_data_ptr());
+      params.tap_order = static_cast<const int64_t*>(order.const_data_ptr());
+      check_launch(kOp, launch_flow_warp_backward_gather(params, stream));
+      params.grad_input = nullptr;  // done
+    }
+  }
+  if (params.grad_input == nullptr && params.grad_flow == nullptr) return;
+  check_launch(kOp, launch_flow_warp_backward(params, stream));
+}
+
 std::tuple<Tensor, Tensor> flow_warp_backward(const Tensor& grad_output, const Tensor& input,
                                               const Tensor& flow, int64_t interpolation,
-                                              int64_t padding, bool need_input, bool need_flow) {
+                                              int64_t padding, bool need_input, bool need_flow,
+                                              bool deterministic) {
   FlowWarpParams params = make_params(input, flow, interpolation, padding);
   check_shape(kOp, "grad_output", grad_output,
               {input.size(0), input.size(1), flow.size(1), flow.size(2)});
@@ -81,7 +105,8 @@ std::tuple<Tensor, Tensor> flow_warp_backward(const Tensor& grad_output, const T
   copy_strides(grad, params.grad_output_stride);
 
   const ScalarType dtype = input.scalar_type();
-  const bool wide = kIsCuda && dtype != ScalarType::Double;  // atomics are in float
+  const bool atomic = kIsCuda && !deterministic;
+  const bool wide = atomic && dtype != ScalarType::Double;  // atomics are in float
   std::array<int64_t, 4> input_shape{input.size(0), input.size(1), input.size(2), input.size(3)};
   std::array<int64_t, 4> flow_shape{flow.size(0), flow.size(1), flow.size(2), 2};
   if (!need_input) input_shape[0] = 0;
@@ -90,12 +115,12 @@ std::tuple<Tensor, Tensor> flow_warp_backward(const Tensor& grad_output, const T
       empty_on(input, input_shape, wide ? ScalarType::Float : dtype, memory_format_of(input));
   Tensor grad_flow = empty_on(input, flow_shape, flow.scalar_type(), MemoryFormat::Contiguous);
   if (need_input) {
-    if (kIsCuda) torch::stable::zero_(grad_input);
+    if (atomic) torch::stable::zero_(grad_input);
     params.grad_input = grad_input.mutable_data_ptr();
     copy_strides(grad_input, params.grad_input_stride);
   }
   params.grad_flow = need_flow ? grad_flow.mutable_data_ptr() : nullptr;
-  if (input.size(0) > 0) check_launch(kOp, launch_flow_warp_backward(params, scope.stream()));
+  if (input.size(0) > 0) launch_backward(params, flow, deterministic, scope.stream());
   if (grad_input.scalar_type() != dtype) grad_input = torch::stable::to(grad_input, dtype);
   return {grad_input, grad_flow};
 }

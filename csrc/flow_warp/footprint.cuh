@@ -41,7 +41,9 @@ DEVICE Footprint<I, Accumulator<T>> make_footprint(const FlowWarpParams& p, int6
   return f;
 }
 
-inline int64_t pixel_count(const FlowWarpParams& p) { return p.batch * p.out_height * p.out_width; }
+MAFNET_HOST_DEVICE int64_t pixel_count(const FlowWarpParams& p) {
+  return p.batch * p.out_height * p.out_width;
+}
 
 // Elements that one lane moves at once: 16 bytes where channels are last and everything is aligned.
 template <typename T>

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   constexpr int K = kTapsPerAxis<I>;
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (pixel >= p.batch * p.out_height * p.out_width) return;
+  if (pixel >= pixel_count(p)) return;
   const Footprint<I, A> f = make_footprint<T, I>(p, pixel);
   write_mask<T, I>(p, f, pixel);
 
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t chunks = p.channels / V;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t pixel = item / chunks;
-  if (pixel >= p.batch * p.out_height * p.out_width) return;
+  if (pixel >= pixel_count(p)) return;
   const int64_t chunk = item - pixel * chunks;
   const Footprint<I, A> f = make_footprint<T, I>(p, pixel);
   if (chunk == 0) write_mask<T, I>(p, f, pixel);

@@ -37,10 +37,21 @@ struct FlowWarpParams {
   void* grad_input;
   void* grad_flow;
   int64_t grad_output_stride[4], grad_input_stride[4];
+
+  // Deterministic backward on CUDA: (N, out_height * out_width * taps), the input pixel of each tap
+  // (height * width: none), the same sorted within each image, and where each came from. Here
+  // grad_input is in dtype and every element is written.
+  int64_t* taps;
+  const int64_t* sorted_taps;
+  const int64_t* tap_order;
 };
 
 // Return 0, or a CUDA error code. stream is a cudaStream_t; the CPU ignores it.
 int launch_flow_warp_forward(const FlowWarpParams& params, void* stream);
 int launch_flow_warp_backward(const FlowWarpParams& params, void* stream);
+
+// grad_input in a fixed order, CUDA only: fill taps, sort them, gather.
+int launch_flow_warp_backward_taps(const FlowWarpParams& params, void* stream);
+int launch_flow_warp_backward_gather(const FlowWarpParams& params, void* stream);
 
 }  // namespace mafnet

@@ -639,7 +639,7 @@ def test_opcheck(device: str, layout: str, dtype: torch.dtype) -> None:
     ops = torch.ops.mafnet_ops
     for return_mask in (False, True):
         torch.library.opcheck(ops.flow_warp_forward.default, (input, flow, 0, 1, return_mask))
-    for needs in ((True, True), (True, False), (False, True)):
+    for needs in ((True, True, False), (True, False, True), (False, True, True)):
         torch.library.opcheck(ops.flow_warp_backward.default, (grad, input, flow, 2, 0, *needs))
 
 
@@ -697,20 +697,32 @@ def test_native_op_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_deterministic_mode_on_cuda() -> None:
-    """Atomics add in no fixed order, so PyTorch code takes over: equal bits over runs."""
-    input, flow = (
-        torch.rand(1, 16, 64, 64, device="cuda"),
-        torch.rand(1, 64, 64, 2, device="cuda") * 30,
+@interpolations
+@paddings
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_mode_on_cuda(
+    interpolation: str, padding_mode: str, layout: str, dtype: torch.dtype
+) -> None:
+    """Equal bits over runs, where many output pixels read one input pixel; as accurate as the atomics."""
+    input, grad = (
+        laid_out(uniform(2, 19, 18, 37, seed=s).to("cuda", dtype), layout) for s in (0, 2)
     )
-    grad = torch.rand_like(input)
+    flow = uniform(2, 18, 37, 2, reach=9.0, seed=1).to("cuda", dtype)
+    plain = run(input, flow, grad, flow_warp, interpolation, padding_mode)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (run(input, flow, grad, flow_warp) for _ in range(2))
+        first, second = (
+            run(input, flow, grad, flow_warp, interpolation, padding_mode) for _ in range(2)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(first, second):
         assert_same(a, b)
+    args = [t.double() for t in (input, flow, grad)]
+    exact = run(args[0], args[1], args[2], flow_warp, interpolation, padding_mode)
+    for name, a, b, e in zip(("output", "grad_input", "grad_flow"), first, plain, exact):
+        assert_as_accurate(a, b, e, name, terms=18 * 37)
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -790,6 +802,10 @@ def test_raw_backward_checks_the_gradient() -> None:
     with pytest.raises(
         RuntimeError, match=r"flow_warp: grad_output: expected size 4 in dimension 2"
     ):
-        torch.ops.mafnet_ops.flow_warp_backward(INPUT[:, :, 1:], INPUT, FLOW, 0, 0, True, True)
+        torch.ops.mafnet_ops.flow_warp_backward(
+            INPUT[:, :, 1:], INPUT, FLOW, 0, 0, True, True, False
+        )
     with pytest.raises(RuntimeError, match=r"flow_warp: grad_output: expected the dtype of input"):
-        torch.ops.mafnet_ops.flow_warp_backward(INPUT.double(), INPUT, FLOW, 0, 0, True, True)
+        torch.ops.mafnet_ops.flow_warp_backward(
+            INPUT.double(), INPUT, FLOW, 0, 0, True, True, False
+        )
