@@ -72,9 +72,10 @@ def deform_align(
         if flow is not None:
             require_tensor(_OP, name, flow, 4)
             require_shape(_OP, name, flow, shape, "(N, H_out, W_out, 2)")
-    require_same_device(
-        _OP, "input", {"input": input, "raw": raw, "flow_1": flow_1, "flow_2": flow_2}
-    )
+    if bias is not None:
+        require_tensor(_OP, "bias", bias, 1)
+    tensors = {"input": input, "raw": raw, "weight": weight, "bias": bias}
+    require_same_device(_OP, "input", {**tensors, "flow_1": flow_1, "flow_2": flow_2})
     offset, mask = reference.deform_align_offsets(raw, flow_1, flow_2, max_residue_magnitude)
     return modulated_deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation)
 

@@ -1,8 +1,9 @@
-"""Seeds for every test, and GPU tests that are skipped out loud."""
+"""Seeds for every test, GPU tests that are skipped out loud, and memory that starts as NaN on demand."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,11 +12,23 @@ import torch
 _GPU_SKIPPED = pytest.StashKey[int]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--poison",
+        action="store_true",
+        help="fill fresh tensors with NaN, so that an output that a kernel leaves out is seen",
+    )
+
+
 @pytest.fixture(autouse=True)
-def _seeds() -> None:
+def _seeds(request: pytest.FixtureRequest) -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    poison = request.config.getoption("--poison")
+    torch.use_deterministic_algorithms(poison, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

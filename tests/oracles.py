@@ -96,7 +96,8 @@ def deform_conv2d_torch(
     offset_groups = offset.shape[1] // (2 * kernel_h * kernel_w)
     shape = (batch, offset_groups, kernel_h, kernel_w, out_h, out_w)
     # Two rows and columns of zeros on each side: every point is clamped into them.
-    image = F.pad(input, (2, 2, 2, 2)).view(batch, offset_groups, -1, height + 4, width + 4)
+    image = F.pad(input, (2, 2, 2, 2))
+    image = image.view(batch, offset_groups, channels // offset_groups, height + 4, width + 4)
     shift = offset.to(compute).reshape(batch, offset_groups, kernel_h, kernel_w, 2, out_h, out_w)
     rows = (torch.arange(out_h) * stride[0] - padding[0]).view(-1, 1)
     rows = rows + (torch.arange(kernel_h) * dilation[0]).view(-1, 1, 1, 1)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import DTYPES, LAYOUTS, laid_out, uniform
 from tolerances import assert_as_accurate, assert_rounding_only, assert_same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,8 +35,6 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled CPU kernel is
 
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
-LAYOUTS = ("contiguous", "channels_last", "strided")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TERMS = 16  # taps of the largest stencil
 
@@ -53,23 +52,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     elif not NATIVE:
         pytest.skip("the compiled CPU kernel is not built")
     return request.param
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values with other strides; "strided" is a slice of a larger, transposed tensor."""
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        n, c, h, w = tensor.shape
-        larger = tensor.new_full((n, w + 1, c, 2 * h), math.nan)
-        view = larger[:, 1:, :, ::2].permute(0, 2, 3, 1)
-        return view.copy_(tensor)
-    return tensor.contiguous()
-
-
-def uniform(*shape: int, reach: float = 1.0, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * reach
 
 
 # ------------------------------------------------------------------------------------------- oracles

@@ -1,0 +1,183 @@
+"""What ``test_contract.py`` needs to know of an op: how to call it, on what, and what PyTorch says.
+
+An op enters the contract, and the support matrix of the docs, by one row in ``CONTRACTS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from oracles import deform_conv2d_torch
+from strategies import uniform
+from torch import Tensor
+
+import mafnet_ops
+from mafnet_ops import reference
+from mafnet_ops.pyramid_spatial_attention import LAYERS
+
+Size = tuple[int, int]
+
+
+THREADS = "the same bits for any number of threads in float32"
+MATMUL = "PyTorch's matrix products split their sums by threads"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One public op at small, fixed channel counts."""
+
+    op: str
+    call: Callable[..., Tensor]
+    baseline: Callable[..., Tensor]
+    """The same function of the same tensors by PyTorch, in whatever dtype they have."""
+    make: Callable[[int, Size], list[Tensor]]
+    """(batch, size) -> fp64 tensors, the sampled points off the pixel centres."""
+    terms: int
+    """How many products an output element sums at most, the layers of a network counted together."""
+    coordinates: tuple[int, ...] = ()
+    """Arguments that stay fp32 beside half-precision ones."""
+    batched: tuple[int, ...] = (0,)
+    """Arguments that have a batch dimension; the others are parameters."""
+    raw: dict[str, Callable[[list[Tensor]], tuple[object, ...]]] = field(default_factory=dict)
+    """The raw ops under it: name -> arguments made of the tensors."""
+    refuses: dict[str, str] = field(default_factory=dict)
+    """Row of the support matrix -> why not; everything else must work."""
+
+    def tensors(self, batch: int, size: Size, dtype: torch.dtype, device: str) -> list[Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        given = enumerate(self.make(batch, size))
+        return [t.to(device, wide if i in self.coordinates else dtype) for i, t in given]
+
+
+def off_centre(*shape: int, seed: int) -> Tensor:
+    """Multiples of 1/4 plus 1/8: the same pixel in every precision, and no knot within 1/8."""
+    return (uniform(*shape, reach=2.0, seed=seed) * 4).round() / 4 + 1 / 8
+
+
+def _warp(batch: int, size: Size) -> list[Tensor]:
+    return [uniform(batch, 6, *size), off_centre(batch, *size, 2, seed=1)]
+
+
+def _convolution(batch: int, size: Size) -> list[Tensor]:
+    return [
+        uniform(batch, 8, *size),
+        off_centre(batch, 36, *size, seed=1),
+        (uniform(batch, 18, *size, seed=2) + 1) / 2,
+        uniform(4, 8, 3, 3, seed=3),
+        uniform(4, seed=4),
+    ]
+
+
+def _align(batch: int, size: Size) -> list[Tensor]:
+    input, _, _, weight, bias = _convolution(batch, size)
+    flow = uniform(batch, *size, 2, reach=2.0, seed=6).round() + 1 / 2
+    return [input, uniform(batch, 54, *size, seed=5), weight, bias, flow]
+
+
+def _align_baseline(
+    input: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, flow: Tensor
+) -> Tensor:
+    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    offset = 0.25 * wide[:, :36].tanh() + flow.flip(3).permute(0, 3, 1, 2).repeat(1, 18, 1, 1)
+    return deform_conv2d_torch(input, offset, wide[:, 36:].sigmoid(), weight, bias, padding=(1, 1))
+
+
+def _attention(batch: int, size: Size) -> list[Tensor]:
+    length = size[0] * size[1]
+    return [uniform(batch, 2, length, d, seed=s) for s, d in enumerate((3, 3, 5))]
+
+
+PYRAMID_KERNELS = {"pool_2": 3, "conv_2": 3, "mask": 3}
+
+
+def _pyramid(batch: int, size: Size) -> list[Tensor]:
+    weights, biases = [], []
+    for seed, name in enumerate(LAYERS):
+        fan_in, kernel = (8 if name.startswith("pool") else 4), PYRAMID_KERNELS.get(name, 1)
+        weights.append(uniform(4, fan_in, kernel, kernel, seed=seed, reach=2 / fan_in / kernel**2))
+        biases.append(uniform(4, seed=9 + seed))
+    return [uniform(batch, 4, *size, seed=99), *weights, *biases]
+
+
+def _pyramid_call(input: Tensor, *parameters: Tensor) -> Tensor:
+    return mafnet_ops.pyramid_spatial_attention(input, parameters[:8], parameters[8:])
+
+
+def _pyramid_baseline(input: Tensor, *parameters: Tensor) -> Tensor:
+    layers = dict(zip(LAYERS, zip(parameters[:8], parameters[8:])))
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        return F.conv2d(x, *layers[name], padding=PYRAMID_KERNELS.get(name, 1) // 2)
+
+    def lrelu(name: str, x: Tensor) -> Tensor:
+        return F.leaky_relu(conv(name, x), 0.1)
+
+    def pooled(x: Tensor) -> Tensor:
+        return torch.cat([F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 3, 2, 1)], 1)
+
+    def up(x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+    level_1 = lrelu("pool_1", pooled(lrelu("reduce", input)))
+    level_2 = lrelu("conv_2", lrelu("pool_2", pooled(lrelu("level_2", level_1))))
+    mask = conv("mask", up(lrelu("add", up(level_2, level_1) + level_1), input))
+    return input * mask.sigmoid() * 2 + lrelu("feature", mask)
+
+
+def _warp_backward(tensors: list[Tensor]) -> tuple[object, ...]:
+    return (torch.ones_like(tensors[0]), *tensors, 0, 0, True, True, False)
+
+
+CONTRACTS = (
+    Contract(
+        "flow_warp",
+        mafnet_ops.flow_warp,
+        reference.flow_warp,
+        _warp,
+        terms=4,
+        coordinates=(1,),
+        batched=(0, 1),
+        raw={
+            "flow_warp_forward": lambda tensors: (*tensors, 0, 0, True),
+            "flow_warp_backward": _warp_backward,
+        },
+    ),
+    Contract(
+        "modulated_deform_conv2d",
+        lambda *tensors: mafnet_ops.modulated_deform_conv2d(*tensors, padding=1),
+        lambda *tensors: deform_conv2d_torch(*tensors, padding=(1, 1)),
+        _convolution,
+        terms=4 * 72,
+        coordinates=(1,),
+        batched=(0, 1, 2),
+    ),
+    Contract(
+        "deform_align",
+        lambda *tensors: mafnet_ops.deform_align(*tensors, max_residue_magnitude=0.25),
+        _align_baseline,
+        _align,
+        terms=4 * 72,
+        coordinates=(4,),
+        batched=(0, 1, 4),
+    ),
+    Contract(
+        "self_attention",
+        mafnet_ops.self_attention,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0),
+        _attention,
+        terms=81,
+        batched=(0, 1, 2),
+        refuses={THREADS: MATMUL},
+    ),
+    Contract(
+        "pyramid_spatial_attention",
+        _pyramid_call,
+        _pyramid_baseline,
+        _pyramid,
+        terms=8 * 36,
+        refuses={THREADS: MATMUL},
+    ),
+)

@@ -1,0 +1,334 @@
+"""The contract that all ops keep, heading by heading; ``docs/support.md`` is generated from this file.
+
+Values against independent definitions are the business of each op's own tests. Here PyTorch in the same dtype is
+the measure, and what every op must do alike: dtypes, layouts, edges, derivatives, transforms, determinism,
+compilation, errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from contract import CONTRACTS, Contract
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, LAYOUTS, dtypes, laid_out, random_strides, sizes, strided
+from support_matrix import DOCS_PAGE, feature, render
+from tolerances import assert_as_accurate, assert_same
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import mafnet_ops
+
+SIZE = (5, 6)
+ops = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: c.op)
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def run(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The output, then the gradient of every argument for one fixed gradient of the output."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves)
+    generator = torch.Generator().manual_seed(output.numel())
+    grad = torch.rand(output.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    grads = torch.autograd.grad(output, leaves, grad.to(output.device, output.dtype))
+    return [output.detach(), *grads]
+
+
+def _skip_refused(contract: Contract, feature: str) -> None:
+    """Skip what the row of the op says that it does not do."""
+    reason = contract.refuses.get(feature)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def assert_accurate(contract: Contract, tensors: list[Tensor], actual: list[Tensor]) -> None:
+    """Output and gradients as close to fp64 as those of PyTorch in the same dtypes."""
+    tensors = [t.detach().contiguous() for t in tensors]
+    exact = run(contract.baseline, [t.double() for t in tensors])
+    baseline = run(contract.baseline, tensors)
+    pixels = tensors[0].shape[0] * tensors[0].shape[2] * tensors[0].shape[3]
+    for i, (a, b, e) in enumerate(zip(actual, baseline, exact)):
+        what = "output" if i == 0 else f"gradient of argument {i - 1}"
+        terms = contract.terms if i == 0 else contract.terms * max(pixels, 1)
+        if a.dtype == torch.float64:
+            assert_as_accurate(a, e, e, what, terms)
+        else:
+            assert_as_accurate(a, b.to(a.dtype), e, what, terms)
+
+
+# ------------------------------------------------------------------------------------ dtypes, layouts
+
+
+@feature("forward and backward in {dtype}")
+@ops
+@devices
+@each_dtype
+def test_dtypes(contract: Contract, device: str, dtype: torch.dtype) -> None:
+    tensors = contract.tensors(2, SIZE, dtype, device)
+    actual = run(contract.call, tensors)
+    assert [a.dtype for a in actual] == [dtype, *(t.dtype for t in tensors)]
+    assert_accurate(contract, tensors, actual)
+
+
+@feature("autocast to {dtype}")
+@ops
+@devices
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(contract: Contract, device: str, dtype: torch.dtype) -> None:
+    """Features in the low dtype, coordinates in fp32: as good as calling it in these dtypes."""
+    low = contract.tensors(2, SIZE, dtype, device)
+    with torch.autocast(device, dtype):
+        actual = contract.call(*low)
+    assert actual.dtype == dtype
+    assert_accurate(contract, low, [actual])
+
+
+@feature("contiguous, channels_last and sliced arguments")
+@ops
+@devices
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(contract: Contract, device: str, layout: str) -> None:
+    tensors = contract.tensors(2, SIZE, torch.float32, device)
+    arranged = [laid_out(t, layout) if t.dim() == 4 else t for t in tensors]
+    actual = run(contract.call, arranged)
+    assert_accurate(contract, tensors, actual)
+    if layout == "channels_last" and contract.op != "self_attention":
+        assert actual[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@feature("any strides, any H and W")
+@ops
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), size=sizes(), batch=st.integers(1, 2), dtype=dtypes())
+def test_random_shapes_strides_and_dtypes(
+    contract: Contract, data: st.DataObject, size: tuple[int, int], batch: int, dtype: torch.dtype
+) -> None:
+    tensors = contract.tensors(batch, size, dtype, "cpu")
+    arranged = [strided(t, data.draw(random_strides())) for t in tensors]
+    assert_accurate(contract, tensors, run(contract.call, arranged))
+
+
+# ----------------------------------------------------------------------------------------------- edges
+
+
+@feature("batch of 0")
+@ops
+@devices
+def test_empty_batch(contract: Contract, device: str) -> None:
+    tensors = contract.tensors(0, SIZE, torch.float32, device)
+    output, *grads = run(contract.call, tensors)
+    assert output.shape == contract.baseline(*tensors).shape
+    for i, (grad, tensor) in enumerate(zip(grads, tensors)):
+        assert grad.shape == tensor.shape
+        if i not in contract.batched:
+            assert_same(grad, torch.zeros_like(tensor))
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fresh memory is NaN, as long as deterministic algorithms are asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@feature("every output written (fresh memory filled with NaN)")
+@ops
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_output_is_written(
+    contract: Contract, dtype: torch.dtype, layout: str, poison: None
+) -> None:
+    assert torch.empty(9).isnan().all()
+    tensors = contract.tensors(2, SIZE, dtype, "cpu")
+    arranged = [laid_out(t, layout) if t.dim() == 4 else t for t in tensors]
+    for result in run(contract.call, arranged):
+        assert result.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ derivatives
+
+
+@feature("gradcheck, forward mode and vmap of the backward too")
+@ops
+@devices
+def test_gradcheck(contract: Contract, device: str) -> None:
+    tensors = contract.tensors(1, (2, 3), torch.float64, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    assert gradcheck(
+        contract.call, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True
+    )
+
+
+@feature("gradgradcheck")
+@ops
+@devices
+def test_gradgradcheck(contract: Contract, device: str) -> None:
+    tensors = contract.tensors(1, (2, 3), torch.float64, device)
+    assert gradgradcheck(contract.call, [t.requires_grad_() for t in tensors], fast_mode=True)
+
+
+@feature("torch.func: grad, vjp, jacrev, jvp")
+@ops
+@each_dtype
+def test_torch_func(contract: Contract, dtype: torch.dtype) -> None:
+    tensors = contract.tensors(1, (2, 3), dtype, "cpu")
+    output, *expected = run(contract.call, tensors)
+    generator = torch.Generator().manual_seed(output.numel())
+    grad = torch.rand(output.shape, generator=generator, dtype=torch.float64).mul(2).sub(1)
+    grad = grad.to(dtype)
+    value, vjp = torch.func.vjp(contract.call, *tensors)  # type: ignore[misc]
+    assert_same(value, output)
+    for a, e in zip(vjp(grad), expected):
+        assert_same(a, e)
+    if dtype != torch.float64:
+        return
+    (jacobian,) = torch.func.jacrev(contract.call, (0,))(*tensors)
+    by_jacobian = (jacobian * grad.reshape(*grad.shape, 1, 1, 1, 1)).sum((0, 1, 2, 3))
+    torch.testing.assert_close(by_jacobian, expected[0])
+    tangents = tuple(torch.ones_like(t) for t in tensors)
+    primal, tangent = torch.func.jvp(contract.call, tuple(tensors), tangents)  # type: ignore[misc]
+    assert_same(primal, output)
+    # <grad, J t> = <J^T grad, t>
+    torch.testing.assert_close((grad * tangent).sum(), sum(e.sum() for e in expected))
+
+
+@feature("torch.vmap")
+@ops
+def test_vmap(contract: Contract) -> None:
+    _skip_refused(contract, "torch.vmap")
+    several = [contract.make(2, SIZE) for _ in range(3)]
+    several = [[t + 0.01 * k for t in tensors] for k, tensors in enumerate(several)]
+    stacked = [torch.stack(column) for column in zip(*several)]
+    batched = torch.vmap(contract.call)(*stacked)
+    for one, tensors in zip(batched, several):
+        torch.testing.assert_close(one, contract.call(*tensors))
+
+
+# ----------------------------------------------------------------------------------------- determinism
+
+
+@feature("the same bits for any number of threads in {dtype}")
+@ops
+@each_dtype
+def test_threads(contract: Contract, dtype: torch.dtype) -> None:
+    tensors = contract.tensors(2, (19, 33), dtype, "cpu")
+    _skip_refused(
+        contract, f"the same bits for any number of threads in {str(dtype).removeprefix('torch.')}"
+    )
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(contract.call, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert_same(a, b)
+
+
+@feature("torch.use_deterministic_algorithms")
+@pytest.mark.gpu
+@ops
+@each_dtype
+def test_deterministic_on_cuda(contract: Contract, dtype: torch.dtype, poison: None) -> None:
+    tensors = contract.tensors(2, (19, 33), dtype, "cuda")
+    for a, b in zip(*(run(contract.call, tensors) for _ in range(2))):
+        assert_same(a, b)
+
+
+# ---------------------------------------------------------------------------------- torch's machinery
+
+
+@feature("opcheck of every raw op")
+@ops
+@devices
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(contract: Contract, device: str, dtype: torch.dtype) -> None:
+    if mafnet_ops._library.backend(contract.op, device).name != "native":
+        pytest.skip(f"{contract.op} has no native kernel on {device}")
+    tensors = contract.tensors(2, SIZE, dtype, device)
+    for name, arguments in contract.raw.items():
+        op = getattr(torch.ops.mafnet_ops, name).default
+        torch.library.opcheck(op, arguments(tensors))
+
+
+@feature("torch.compile: one graph, dynamic shapes")
+@ops
+def test_compile(contract: Contract) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(contract.call, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for size in ((10, 7), (9, 5), (13, 11)):  # no size that the channels have, torch would tie them
+        tensors = contract.tensors(2, size, torch.float32, "cpu")
+        for a, b in zip(run(compiled, tensors), run(contract.call, tensors)):
+            torch.testing.assert_close(a, b)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1], "a new size was compiled again"
+
+
+@feature("torch.export")
+@ops
+def test_export(contract: Contract) -> None:
+    class Net(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return contract.call(*tensors)
+
+    tensors = tuple(contract.tensors(2, SIZE, torch.float32, "cpu"))
+    program = torch.export.export(Net(), tensors)
+    torch.testing.assert_close(program.module()(*tensors), contract.call(*tensors))
+
+
+@feature("counted by torch's FLOP counter")
+@ops
+def test_flops(contract: Contract) -> None:
+    _skip_refused(contract, "counted by torch's FLOP counter")
+    with FlopCounterMode(display=False) as counter:
+        contract.call(*contract.tensors(2, SIZE, torch.float32, "cpu"))
+    assert counter.get_total_flops() > 0
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def _wrong(contract: Contract) -> Iterator[tuple[str, list[Any], type[Exception]]]:
+    """Every argument made wrong in every way, one at a time."""
+    tensors = contract.tensors(2, SIZE, torch.float32, "cpu")
+    for i, tensor in enumerate(tensors):
+        for what, value, kind in (
+            ("no tensor", "text", TypeError),
+            ("integer dtype", tensor.long(), TypeError),
+            ("complex dtype", tensor.to(torch.complex64), TypeError),
+            ("dimensions", tensor.unsqueeze(0), ValueError),
+            ("device", tensor.to("meta"), ValueError),
+        ):
+            yield f"argument {i}, {what}", [*tensors[:i], value, *tensors[i + 1 :]], kind
+
+
+@feature("one clear error for each wrong argument")
+@ops
+def test_errors(contract: Contract) -> None:
+    """Op, argument, what was expected, what came."""
+    message = re.compile(rf"{contract.op}: [a-z0-9_\[\]]+: expected .+, got .+", re.DOTALL)
+    for what, arguments, kind in _wrong(contract):
+        with pytest.raises(kind) as caught:
+            contract.call(*arguments)
+        assert message.fullmatch(str(caught.value)), f"{what}: {caught.value}"
+
+
+def test_every_op_is_in_the_contract() -> None:
+    assert {c.op for c in CONTRACTS} == set(mafnet_ops._library.op_names())
+
+
+def test_docs_page_is_generated() -> None:
+    assert DOCS_PAGE.read_text() == render(), "run: python tests/ops/support_matrix.py"
