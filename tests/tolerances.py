@@ -43,7 +43,8 @@ def assert_as_accurate(
     error, allowed = _largest_error(actual, exact), 2 * _largest_error(baseline, exact)
     finite = exact[exact.isfinite()]
     if finite.numel():
-        summing = math.sqrt(terms - 1) * torch.finfo(torch.float32).eps
+        accumulator = torch.promote_types(actual.dtype, torch.float32)
+        summing = math.sqrt(terms - 1) * torch.finfo(accumulator).eps
         allowed += (torch.finfo(actual.dtype).eps + summing) / 2 * finite.abs().max().item()
     assert error <= allowed, f"{what}: error {error:.3e} to fp64, allowed are {allowed:.3e}"
 
