@@ -45,11 +45,11 @@ DEVICE void atomic_add4(float* address, float a, float b, float c, float d) {
 #include "cuda_on_cpu.h"
 
 #define DEVICE inline
-#define SHARED(type, name, ...)          \
-  static const char name##_key = 0;      \
-  using name##_array = type __VA_ARGS__; \
-  name##_array& name =                   \
-      *static_cast<name##_array*>(::cuemu::shared_array(&name##_key, sizeof(name##_array), #name))
+#define SHARED(type, name, ...)                     \
+  static const char name##_key = 0;                 \
+  using name##_array = type __VA_ARGS__;            \
+  name##_array& name = *static_cast<name##_array*>( \
+      ::cuemu::shared_array(&name##_key, sizeof(name##_array), #name, ::cuemu::Place::here()))
 
 namespace mafnet {
 
