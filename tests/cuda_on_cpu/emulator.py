@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from cuda_on_cpu.build import CSRC, HERE, Library, build, why_not
+from torch import Tensor
 
 ORDERS = ("forward", "reverse", "random")
 SHARED_LIMIT_SM90 = 227 << 10

@@ -21,7 +21,7 @@ from mafnet_ops.pyramid_spatial_attention import LAYERS
 Size = tuple[int, int]
 
 
-THREADS = "the same bits for any number of threads in float32"
+THREADS = "the same bits for any number of threads"
 MATMUL = "PyTorch's matrix products split their sums by threads"
 
 

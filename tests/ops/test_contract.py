@@ -36,10 +36,10 @@ def run(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
     """The output, then the gradient of every argument for one fixed gradient of the output."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     output = function(*leaves)
-    generator = torch.Generator().manual_seed(output.numel())
-    grad = torch.rand(output.shape, generator=generator, dtype=torch.float64) * 2 - 1
-    grads = torch.autograd.grad(output, leaves, grad.to(output.device, output.dtype))
-    return [output.detach(), *grads]
+    # Made on the device: a copy from the host cannot be captured in a CUDA graph.
+    counting = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
+    grad = counting.mul(0.618).frac().mul(2).sub(1).view(output.shape).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
 def _skip_refused(contract: Contract, feature: str) -> None:
@@ -181,10 +181,10 @@ def test_gradgradcheck(contract: Contract, device: str) -> None:
 @each_dtype
 def test_torch_func(contract: Contract, dtype: torch.dtype) -> None:
     tensors = contract.tensors(1, (2, 3), dtype, "cpu")
-    output, *expected = run(contract.call, tensors)
-    generator = torch.Generator().manual_seed(output.numel())
-    grad = torch.rand(output.shape, generator=generator, dtype=torch.float64).mul(2).sub(1)
-    grad = grad.to(dtype)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = contract.call(*leaves)
+    grad = (torch.arange(output.numel()) % 3 - 1).view(output.shape).to(dtype)
+    expected = torch.autograd.grad(output, leaves, grad)
     value, vjp = torch.func.vjp(contract.call, *tensors)  # type: ignore[misc]
     assert_same(value, output)
     for a, e in zip(vjp(grad), expected):
@@ -216,14 +216,12 @@ def test_vmap(contract: Contract) -> None:
 # ----------------------------------------------------------------------------------------- determinism
 
 
-@feature("the same bits for any number of threads in {dtype}")
+@feature("the same bits for any number of threads")
 @ops
 @each_dtype
 def test_threads(contract: Contract, dtype: torch.dtype) -> None:
     tensors = contract.tensors(2, (19, 33), dtype, "cpu")
-    _skip_refused(
-        contract, f"the same bits for any number of threads in {str(dtype).removeprefix('torch.')}"
-    )
+    _skip_refused(contract, "the same bits for any number of threads")
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -247,6 +245,27 @@ def test_deterministic_on_cuda(contract: Contract, dtype: torch.dtype, poison: N
 
 
 # ---------------------------------------------------------------------------------- torch's machinery
+
+
+@feature("CUDA graph capture, forward and backward")
+@pytest.mark.gpu
+@ops
+def test_cuda_graph(contract: Contract) -> None:
+    """A replay reads what lies in the captured tensors then."""
+    tensors = contract.tensors(2, SIZE, torch.float32, "cuda")
+    expected = run(contract.call, [t + 0.01 for t in tensors])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # torch asks for warm-up on a side stream
+        run(contract.call, tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(contract.call, tensors)
+    for tensor in tensors:
+        tensor += 0.01
+    graph.replay()
+    for a, e in zip(results, expected):
+        torch.testing.assert_close(a, e)
 
 
 @feature("opcheck of every raw op")

@@ -468,6 +468,38 @@ def test_empty_flow(layout: str) -> None:
     assert_same(grad_input.contiguous(), torch.zeros(2, 3, 4, 5))
 
 
+@needs_native
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_elements_than_an_int_counts(channels_last: bool) -> None:
+    """2^31 + 2^16 halves, of which only the pages that are touched take memory."""
+    channels, height, width = 2, 2**15 + 1, 2**15
+    size = (1, height, width, channels) if channels_last else (1, channels, height, width)
+    image = torch.empty(size, dtype=torch.float16)
+    image = image.permute(0, 3, 1, 2) if channels_last else image
+    corner = uniform(1, channels, 2, 2).half()
+    image[:, :, -2:, -2:] = corner
+    target = torch.tensor([width - 2.0, height - 2.0])
+    flow = (target + torch.tensor([0.25, 0.5])).view(1, 1, 1, 2).requires_grad_()
+    output = flow_warp(image, flow)
+    small_flow = torch.tensor([0.25, 0.5]).view(1, 1, 1, 2).requires_grad_()
+    expected = flow_warp(corner, small_flow)
+    assert_same(output.contiguous(), expected.contiguous())
+    grads = torch.autograd.grad(output.sum(), flow), torch.autograd.grad(expected.sum(), small_flow)
+    assert_same(grads[0][0], grads[1][0])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_half_precision_at_the_size_of_video(dtype: torch.dtype) -> None:
+    """180 x 320 is more than 32,767 pixels, where F.grid_sample is garbage on the CPU in half precision."""
+    input, grad = (uniform(1, 3, 180, 320, seed=s).to(dtype) for s in (0, 2))
+    flow = uniform(1, 180, 320, 2, reach=8.0, seed=1).float()
+    exact = run(input.double(), flow.double(), grad.double(), flow_warp)
+    fp32 = run(input.float(), flow, grad.float(), warp_grid_sample, "bilinear", "zeros")
+    for a, b, e in zip(run(input, flow, grad, flow_warp), fp32, exact):
+        assert_as_accurate(a, b.to(a.dtype), e, terms=16)
+
+
 @layouts
 def test_expanded_gradient(layout: str) -> None:
     """sum().backward() hands over a gradient whose strides are all zero."""

@@ -54,3 +54,23 @@ CUEMU_ENTRY(flow_warp_backward) {
   if (arguments.has("grad_flow")) p.grad_flow = arguments.out("grad_flow").data;
   return mafnet::launch_flow_warp_backward(p, nullptr);
 }
+
+CUEMU_ENTRY(flow_warp_backward_taps) {
+  mafnet::FlowWarpParams p = make_params(arguments);
+  p.taps = static_cast<int64_t*>(arguments.out("taps").data);
+  return mafnet::launch_flow_warp_backward_taps(p, nullptr);
+}
+
+// sorted_taps and tap_order are what torch's stable sort makes of the taps.
+CUEMU_ENTRY(flow_warp_backward_gather) {
+  mafnet::FlowWarpParams p = make_params(arguments);
+  const Array grad_output = arguments.in("grad_output");
+  p.grad_output = grad_output.data;
+  grad_output.copy_strides(p.grad_output_stride);
+  p.sorted_taps = static_cast<const int64_t*>(arguments.in("sorted_taps").data);
+  p.tap_order = static_cast<const int64_t*>(arguments.in("tap_order").data);
+  const Array grad_input = arguments.out("grad_input");
+  p.grad_input = grad_input.data;
+  grad_input.copy_strides(p.grad_input_stride);
+  return mafnet::launch_flow_warp_backward_gather(p, nullptr);
+}
