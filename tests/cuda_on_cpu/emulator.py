@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
-
 from cuda_on_cpu.build import CSRC, HERE, Library, build, why_not
+from torch import Tensor
 
 ORDERS = ("forward", "reverse", "random")
 SHARED_LIMIT_SM90 = 227 << 10
@@ -121,4 +121,4 @@ def emulate(op: str, *, checked: bool = False) -> Kernels:
     return load(op_library(op, checked))
 
 
-__all__ = ["ORDERS", "Finding", "Kernels", "Report", "emulate", "why_not"]
+needs_emulator = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
