@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from cuda_on_cpu.build import CSRC, HERE, Library, build, why_not
 from torch import Tensor
@@ -120,4 +121,4 @@ def emulate(op: str, *, checked: bool = False) -> Kernels:
     return load(op_library(op, checked))
 
 
-__all__ = ["ORDERS", "Finding", "Kernels", "Report", "emulate", "why_not"]
+needs_emulator = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")

@@ -114,24 +114,19 @@ void set_aside(Trace& trace, OtherBlocks& other) {
   if (trace.epoch >= g_clock.grid_start) other = {trace.epoch, trace.site, trace.atomic};
 }
 
-bool check_initialised(const Region& region, const Cell& cell, const char* p, Site site) {
-  const Named named = name_of(region, p);
+void check_initialised(const Region& region, const Cell& cell, const char* p, Site site) {
   if (region.buffer == nullptr) {
-    if (cell.write.epoch < g_clock.block_start) {
-      complain("uninitialised", site, named.array, "read of " + named.place);
-      return false;
-    }
-    if (cell.in_flight) {
-      complain("cp.async", site, named.array,
-               "read of " + named.place + " before the wait for the copy issued by " +
-                   cell.write.threads.describe() + " at " + describe_site(cell.write.site));
-      return false;
-    }
+    const bool written = cell.write.epoch >= g_clock.block_start;
+    if (written && !cell.in_flight) return;
+    const Named named = name_of(region, p);
+    if (!written) return complain("uninitialised", site, named.array, "read of " + named.place);
+    complain("cp.async", site, named.array,
+             "read of " + named.place + " before the wait for the copy issued by " +
+                 cell.write.threads.describe() + " at " + describe_site(cell.write.site));
   } else if (region.buffer->mode == Mode::kOut && cell.write.epoch == 0) {
+    const Named named = name_of(region, p);
     complain("uninitialised", site, named.array, "read of the output " + named.place);
-    return false;
   }
-  return true;
 }
 
 void touch_cell(Region& region, Cell& cell, const char* p, Access access, Site site) {
@@ -139,9 +134,8 @@ void touch_cell(Region& region, Cell& cell, const char* p, Access access, Site s
     set_aside(cell.read, cell.other_read);
     set_aside(cell.write, cell.other_write);
   }
-  if ((access == Access::kRead || access == Access::kAtomic) &&
-      !check_initialised(region, cell, p, site)) {
-    return;
+  if (access == Access::kRead || access == Access::kAtomic) {
+    check_initialised(region, cell, p, site);
   }
   check_race(access, region, p, site, cell.write, cell.other_write, "written");
   if (access == Access::kRead) {
@@ -286,8 +280,8 @@ void check_instrumented_access(const void* address, size_t size, Access access, 
   access_memory(static_cast<const char*>(address), size, access, site);
 }
 
-void check_undefined_behaviour(const char* what, Place place) {
-  if (g_current != nullptr) complain("undefined behaviour", site_of(place), "", what);
+void check_undefined_behaviour(const char* kind, const char* what, Place place) {
+  if (g_current != nullptr) complain(kind, site_of(place), "", what);
 }
 
 // ---- from the runtime
