@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cases import CASES, Case, Implementation  # type: ignore[import-not-found]
-from timing import interleaved_minima  # type: ignore[import-not-found]
+from cases import CASES, Case, Implementation
+from timing import interleaved_minima
 from torch import Tensor
 
 
