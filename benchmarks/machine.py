@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
+import json
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import timing
 import torch
 
 import mafnet_ops
+from mafnet_ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "mafnet_ops", "tests", "benchmarks")
@@ -86,6 +90,7 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nvcc": nvcc[-1] if nvcc else None,
         "driver": None,
+        "backends": {op: _library.backend(op, device).name for op in sorted(_library.op_names())},
     }
     if device == "cuda":
         facts["driver"] = nvidia_smi("driver_version").get("driver_version")
@@ -121,3 +126,18 @@ def multiply_rate(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, float
 
         rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _seconds(device, multiply)
     return rates
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    device = parser.parse_args().device
+    facts = environment(device)
+    facts["copy_bytes_per_s"] = copy_rate(device)
+    facts["multiply_flops_per_s"] = multiply_rate(device, (torch.float32, torch.bfloat16))
+    print(json.dumps(facts, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,21 +31,21 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(exact).clamp_min(1e-30))
 
 
-def gradient_for(output: Tensor) -> Tensor:
-    """An incoming gradient that is the same for everyone: random, in the dtype of the output."""
+def gradient_for(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """An incoming gradient that is the same for everyone: random, and representable in ``dtype``."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(output.shape, generator=generator).to(output)
+    return torch.randn(output.shape, generator=generator).to(dtype).to(output)
 
 
 def run_pass(
-    implementation: Implementation, inputs: tuple[Tensor, ...], pass_: str
+    implementation: Implementation, inputs: tuple[Tensor, ...], pass_: str, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The output, then in the backward pass the gradient of every input of the case."""
+    """The output, then in the backward pass the gradient of every input. ``dtype`` is the case's."""
     if pass_ == "forward":
         with torch.no_grad():
             return (implementation.call(*implementation.prepare(*inputs)),)
     output = implementation.call(*implementation.prepare(*inputs))
-    gradients = torch.autograd.grad(output, inputs, gradient_for(output))
+    gradients = torch.autograd.grad(output, inputs, gradient_for(output, dtype))
     return (output.detach(), *gradients)
 
 
@@ -59,15 +59,18 @@ class Gate:
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
         definition = Implementation("definition", case.definition)
-        self.exact = run_pass(definition, cast(case.inputs, torch.float64, device), PASSES[1])
-        single = run_pass(definition, cast(case.inputs, torch.float32, device), PASSES[1])
-        dtypes = [case.inputs[0].dtype, *(t.dtype for t in case.inputs)]
+        low = case.inputs[0].dtype
+        inputs = cast(case.inputs, torch.float64, device)
+        self.exact = run_pass(definition, inputs, PASSES[1], low)
+        single = run_pass(definition, cast(inputs, torch.float32, device), PASSES[1], low)
+        dtypes = [low, *(t.dtype for t in case.inputs)]
         self.eps = [torch.finfo(dtype).eps for dtype in dtypes]
         self.baseline = [relative_error(s.to(d), e) for s, d, e in zip(single, dtypes, self.exact)]
 
     def check(self, implementation: Implementation, pass_: str, ours: bool) -> Match:
         """The tensor that is nearest to, or furthest beyond, what is allowed."""
-        results = run_pass(implementation, self.case.inputs, pass_)
+        inputs = self.case.inputs
+        results = run_pass(implementation, inputs, pass_, inputs[0].dtype)
         matches = []
         for result, exact, baseline, eps in zip(results, self.exact, self.baseline, self.eps):
             allowed = 2 * baseline + eps if ours else RIVAL_TOLERANCE[pass_]

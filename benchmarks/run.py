@@ -94,7 +94,7 @@ def timed_function(
 
         return forward
     leaves = tuple(t.requires_grad_() for t in prepared)
-    gradient = gradient_for(implementation.call(*leaves))
+    gradient = gradient_for(implementation.call(*leaves), inputs[0].dtype)
     return lambda: torch.autograd.grad(implementation.call(*leaves), leaves, gradient)
 
 
@@ -250,6 +250,7 @@ def main() -> int:
             parser.error(f"no cases for {op!r}; ops: {', '.join(CASES)}")
     torch.set_num_threads(a.threads)
     environment = machine.environment(a.device)
+    print(", ".join(f"{op}: {name}" for op, name in environment["backends"].items()), flush=True)
     suite = Suite(a.device, a.small)
     ceilings = None
     if not a.match_only:
