@@ -2,6 +2,7 @@
 
     make kernels                                   # compiles for all architectures, then this
     python benchmarks/kernel_report.py LIBRARY     # a library, object or cubin that is there already
+    python benchmarks/kernel_report.py --row 'flow_warp_.*<float, 2>'   # a row to start from
 
 No GPU is needed: registers, spills, shared memory and instructions are read from the machine code.
 """
@@ -9,6 +10,8 @@ No GPU is needed: registers, spills, shared memory and instructions are read fro
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import operator
 import re
 import sys
@@ -198,6 +201,28 @@ def check(kernels: list[Kernel], ptx: list[str], table: Table) -> Report:
     return report
 
 
+def propose_row(kernels: list[Kernel], pattern: str) -> str:
+    """A row for kernel_bars.toml from what is measured now, with the hot loops as comments; a person judges it."""
+    bar = Bar(pattern, {})
+    archs = list(MULTIPROCESSORS)
+    chosen = [k for k in kernels if re.fullmatch(pattern, k.name) and k.arch in archs]
+    built = [arch for arch in archs if any(k.arch == arch for k in chosen)]
+
+    def most(metric: str) -> list[int]:
+        return [max(bar.measure(k)[metric] for k in chosen if k.arch == arch) for arch in built]
+
+    slots = "loop.slots" if any(most("loop.slots")) else "slots"
+    lines = ["[[bar]]", f"kernel = '{pattern}'"]
+    lines += [f"archs = {json.dumps(built)}"] if built != archs else []
+    lines.append(f"registers = {[-(-value // 8) * 8 for value in most('registers')]}")
+    lines += [
+        f"{m} = {most(m)}" for m in ("stack", "shared", "local", "CAS", "div64") if any(most(m))
+    ]
+    lines.append(f'"{slots}" = {[math.ceil(value * 1.05) for value in most(slots)]}')
+    lines += [f"# {k.name} sm_{k.arch}: {k.hot_loop() or k.mix}" for k in chosen]
+    return "\n".join(lines)
+
+
 HEADER = (
     f"{'kernel':54} {'arch':>4} {'regs':>4} {'bar':>7} {'stack':>6} {'smem':>7} {'warps':>6} "
     f"{'slots':>6} {'loop':>5} {'bar':>7}"
@@ -210,16 +235,16 @@ def main() -> int:
     )
     parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
     parser.add_argument("--bars", type=Path, default=HERE / "kernel_bars.toml")
-    parser.add_argument("--mix", action="store_true", help="also print instructions by class")
+    parser.add_argument("--row", metavar="REGEX", help="print a row for these kernels as they are")
     parser.add_argument("--brief", action="store_true", help="only what is wrong")
     a = parser.parse_args()
     kernels = sass.read_kernels(a.library, CACHE)
+    if a.row:
+        print(propose_row(kernels, a.row))
+        return 0
     report = check(kernels, sass.ptx_archs(a.library), parse_table(a.bars))
     if not a.brief:
         print("\n".join([HEADER, *report.lines]))
-    if a.mix:
-        for k in kernels:
-            print(f"{k.name} sm_{k.arch}\n  all  {k.mix}\n  loop {k.hot_loop()}")
     for note in report.notes:
         print(f"note: {note}")
     for problem in report.problems:

@@ -127,6 +127,14 @@ def test_a_row_may_choose_the_loop_and_state_what_the_launch_adds() -> None:
     ]
 
 
+def test_a_printed_row_holds_what_it_was_printed_from() -> None:
+    row = kernel_report.propose_row([GOOD], r"blur_kernel<\w+, 1>")
+    parsed = kernel_report.tomllib.loads(row)["bar"][0]
+    assert parsed["archs"] == ["90a"]
+    assert check([GOOD], [], table(parsed)).problems == []
+    assert check([replace(GOOD, registers=41)], [], table(parsed)).problems != []
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
