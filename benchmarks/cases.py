@@ -43,10 +43,6 @@ class Case:
     definition: Callable[..., Tensor]  # called in float64 for the match
     flops: int  # of the forward pass
 
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.shape} {self.dtype} {self.layout} {self.distribution}"
-
 
 @dataclass(frozen=True)
 class Suite:

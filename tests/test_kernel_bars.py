@@ -209,6 +209,7 @@ def test_loops_are_natural_loops() -> None:
     Jumping into the middle of the inner range makes that no loop: its first instruction can be gone round.
     """
     function = Function.parse(LISTING.splitlines())
+    assert [function.successors[i] for i in (2, 5, 8, 10)] == [{3, 9}, {3, 6}, set(), {4}]
     (outer,) = function.loops()
     mix = sass.count([function.instructions[i] for i in outer])
     assert mix == {"slots": 8, "LDG.128": 1, "FP32": 1, "local": 1, "div64": 1}
