@@ -195,6 +195,16 @@ def test_the_cpu_clock_takes_turns() -> None:
     assert len(times["a"].samples) == 3
 
 
+def test_slow_cases_get_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
+
+    def slow() -> None:
+        now[0] += 10
+
+    assert cpu_times({"slow": slow}, rounds=7)["slow"].samples == (10.0, 10.0, 10.0)
+
+
 class FakeGpu:
     """Stands for the stream: flushes and calls advance its time, events read it."""
 
