@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,106 +12,191 @@ from torch import Tensor
 import mafnet_ops
 from mafnet_ops import reference
 
-Implementation = Callable[..., Tensor]
+LAYOUTS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def unchanged(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return inputs
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``call(*prepare(*inputs))``; only the call is timed, so prepare holds what a user would have beforehand."""
+
+    name: str
+    call: Callable[..., Tensor]
+    prepare: Callable[..., tuple[Tensor, ...]] = unchanged
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. ``inputs`` that require a gradient are differentiated in the backward pass."""
+    """One op at one shape. All inputs are differentiated in the pass `forward+backward`."""
 
     op: str
-    name: str
+    shape: str
+    dtype: str  # of the features; coordinates are float32
+    layout: str
+    distribution: str  # of the coordinates
     inputs: tuple[Tensor, ...]
-    implementations: dict[str, Implementation]
-    definition: Implementation  # called in fp64 for the match
-    tolerance: float  # relative L2 error that passes
+    implementations: tuple[Implementation, ...]
+    definition: Callable[..., Tensor]  # called in float64 for the match
+    flops: int  # of the forward pass
 
 
-def grid_sample_warp(image: Tensor, flow: Tensor) -> Tensor:
-    """The recipe that people use: build the grid, normalise, sample."""
+@dataclass(frozen=True)
+class Suite:
+    """Which cases to build. `small` ones take milliseconds: for tests and for sanitizers."""
+
+    device: str = "cpu"
+    small: bool = False
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return (
+            ("float32", "bfloat16", "float16") if self.device == "cuda" else ("float32", "bfloat16")
+        )
+
+
+# ----------------------------------------------------------------------------------------- flow_warp
+
+
+def make_grid(image: Tensor, flow: Tensor) -> Tensor:
+    """Flow in pixels as the normalised coordinates that F.grid_sample wants."""
     height, width = image.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    grid = torch.stack(
+    y, x = torch.meshgrid(
+        torch.arange(height, device=flow.device, dtype=flow.dtype),
+        torch.arange(width, device=flow.device, dtype=flow.dtype),
+        indexing="ij",
+    )
+    return torch.stack(
         [
             2 * (x + flow[..., 0]) / max(width - 1, 1) - 1,
             2 * (y + flow[..., 1]) / max(height - 1, 1) - 1,
         ],
         -1,
     )
-    return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=True)
 
 
-def flow_warp_cases() -> list[Case]:
-    cases = []
-    for height, width in ((180, 320), (720, 1280)):
-        for layout, memory_format in (
-            ("NCHW", torch.contiguous_format),
-            ("channels_last", torch.channels_last),
-        ):
-            torch.manual_seed(0)
-            image = torch.randn(1, 64, height, width).contiguous(memory_format=memory_format)
-            flow = 3 * torch.randn(1, height, width, 2)
-            cases.append(
-                Case(
-                    "flow_warp",
-                    f"64x{height}x{width} {layout}",
-                    (image.requires_grad_(), flow.requires_grad_()),
-                    {"mafnet_ops": mafnet_ops.flow_warp, "F.grid_sample": grid_sample_warp},
-                    reference.flow_warp,
-                    tolerance=1e-3,  # the rival's normalised coordinates are off by up to 1e-4 px
+def grid_sample(image: Tensor, grid: Tensor) -> Tensor:
+    """In float32, as autocast runs it: half-precision coordinates miss by pixels at these widths."""
+    out = F.grid_sample(image.float(), grid, "bilinear", "zeros", align_corners=True)
+    return out.to(image.dtype)
+
+
+def recipe(image: Tensor, flow: Tensor) -> Tensor:
+    """What people write: build the grid, then sample."""
+    return grid_sample(image, make_grid(image, flow))
+
+
+def warp_definition(image: Tensor, flow: Tensor) -> Tensor:
+    out = reference.flow_warp(image, flow)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def flow_warp_cases(suite: Suite) -> Iterator[Case]:
+    implementations = (
+        Implementation("mafnet_ops", mafnet_ops.flow_warp),
+        Implementation("grid + F.grid_sample", recipe),
+        Implementation("F.grid_sample", grid_sample, lambda x, flow: (x, make_grid(x, flow))),
+    )
+    sizes = ((12, 17),) if suite.small else ((180, 320), (720, 1280))
+    for height, width in sizes:
+        for dtype in suite.dtypes:
+            for layout, memory_format in LAYOUTS.items():
+                torch.manual_seed(0)
+                image = torch.randn(1, 64, height, width, device=suite.device)
+                image = image.to(DTYPES[dtype], memory_format=memory_format)
+                flow = 3 * torch.randn(1, height, width, 2, device=suite.device)
+                yield Case(
+                    op="flow_warp",
+                    shape=f"1x64x{height}x{width}",
+                    dtype=dtype,
+                    layout=layout,
+                    distribution="normal, sigma 3",
+                    inputs=(image.requires_grad_(), flow.requires_grad_()),
+                    implementations=implementations,
+                    definition=warp_definition,
+                    flops=8 * image.numel(),  # 4 taps, a multiplication and an addition each
                 )
-            )
-    return cases
 
 
-def _torchvision_deform_conv2d() -> Implementation | None:
+# --------------------------------------------------------------------------- modulated_deform_conv2d
+
+
+def torchvision_deform_conv2d() -> Implementation | None:
+    """In float32, as autocast runs it: its half-precision coordinates lose most of their digits."""
     try:
         from torchvision.ops import deform_conv2d
     except ImportError:
         return None
 
-    def run(image: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return deform_conv2d(image, offset, weight, bias, 1, 1, 1, mask)
+    def call(image: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x, w, b = image.float(), weight.float(), bias.float()
+        out: Tensor = deform_conv2d(x, offset, w, b, 1, 1, 1, mask)
+        return out.to(image.dtype)
 
-    return run
-
-
-def modulated_deform_conv2d_cases() -> list[Case]:
-    def ours(*inputs: Tensor) -> Tensor:
-        return mafnet_ops.modulated_deform_conv2d(*inputs, 1, 1)
-
-    def definition(*inputs: Tensor) -> Tensor:
-        return reference.modulated_deform_conv2d(*inputs, (1, 1), (1, 1), (1, 1))
-
-    rivals: dict[str, Implementation | None] = {
-        "torchvision": _torchvision_deform_conv2d(),
-        "PyTorch path": definition,
-    }
-    cases = []
-    for batch, height, width, groups in ((1, 64, 64, 8), (8, 64, 64, 8), (1, 180, 320, 8)):
-        torch.manual_seed(0)
-        shape = (batch, 9 * groups, height, width)
-        inputs: list[Any] = [
-            torch.randn(batch, 64, height, width),
-            2 * torch.randn(batch, 18 * groups, height, width),
-            torch.rand(shape),
-            torch.randn(64, 64, 3, 3) / 24,
-            torch.randn(64),
-        ]
-        cases.append(
-            Case(
-                "modulated_deform_conv2d",
-                f"{batch}x64x{height}x{width} dg{groups}",
-                tuple(t.requires_grad_() for t in inputs),
-                {"mafnet_ops": ours, **{k: v for k, v in rivals.items() if v is not None}},
-                definition,
-                tolerance=1e-4,
-            )
-        )
-    return cases
+    return Implementation("torchvision", call)
 
 
-CASES: dict[str, Callable[[], list[Case]]] = {
+def deform_conv_definition(
+    image: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    offset, mask = offset.to(image.dtype), mask.to(image.dtype)
+    return reference.modulated_deform_conv2d(
+        image, offset, mask, weight, bias, (1, 1), (1, 1), (1, 1)
+    )
+
+
+def deform_conv_offsets(shape: tuple[int, ...], distribution: str, device: str) -> Tensor:
+    """`smooth`: neighbours move together, as in video; `uniform`: anywhere in the image, no cache helps."""
+    if distribution == "smooth":
+        coarse = torch.randn(*shape[:2], -(-shape[2] // 16), -(-shape[3] // 16), device=device)
+        return F.interpolate(3 * coarse, shape[2:], mode="bilinear")
+    if distribution == "uniform":
+        return (torch.rand(shape, device=device) - 0.5) * min(shape[2:])
+    return 2 * torch.randn(shape, device=device)
+
+
+def modulated_deform_conv2d_cases(suite: Suite) -> Iterator[Case]:
+    def ours(image: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return mafnet_ops.modulated_deform_conv2d(image, offset, mask, weight, bias, 1, 1)
+
+    implementations = [Implementation("mafnet_ops", ours), torchvision_deform_conv2d()]
+    if suite.device == "cpu":
+        implementations.append(Implementation("PyTorch path", deform_conv_definition))
+    shapes = ((1, 9, 11, 8),) if suite.small else ((1, 64, 64, 8), (8, 64, 64, 8), (1, 180, 320, 8))
+    distributions: tuple[str, ...] = ("normal, sigma 2",)
+    if suite.device == "cuda" and not suite.small:
+        distributions += ("smooth", "uniform")
+    for batch, height, width, groups in shapes:
+        for dtype in suite.dtypes:
+            for distribution in distributions:
+                torch.manual_seed(0)
+                device, low = suite.device, DTYPES[dtype]
+                offset_shape = (batch, 18 * groups, height, width)
+                inputs = (
+                    torch.randn(batch, 64, height, width, device=device).to(low),
+                    deform_conv_offsets(offset_shape, distribution, device),
+                    torch.rand(batch, 9 * groups, height, width, device=device),
+                    (torch.randn(64, 64, 3, 3, device=device) / 24).to(low),
+                    torch.randn(64, device=device).to(low),
+                )
+                yield Case(
+                    op="modulated_deform_conv2d",
+                    shape=f"{batch}x64x{height}x{width} k3 g{groups}",
+                    dtype=dtype,
+                    layout="planar",
+                    distribution=distribution,
+                    inputs=tuple(t.requires_grad_() for t in inputs),
+                    implementations=tuple(i for i in implementations if i is not None),
+                    definition=deform_conv_definition,
+                    flops=2 * 9 * 64 * 64 * batch * height * width,
+                )
+
+
+CASES: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "flow_warp": flow_warp_cases,
     "modulated_deform_conv2d": modulated_deform_conv2d_cases,
 }
