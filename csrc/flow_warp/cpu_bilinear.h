@@ -15,7 +15,7 @@ namespace mafnet {
 // 2048); with more, the plan of a call leaves the L2 cache.
 constexpr int kSpan = 2048;
 // Channels that planes are transposed by on their way into grad_input.
-constexpr int kTileChannels = 16;
+constexpr int kTileChannels = 32;
 
 // Pixels first .. first + count of the output of image n, in raster order; count <= kSpan.
 struct PixelSpan {

@@ -31,7 +31,7 @@ using torch::headeronly::Half;
 // Arrays end beyond kSpan so that whole vectors fit, and so that they do not begin in one cache set.
 constexpr int kSpanStride = kSpan + 16;
 // Pixels transposed at a time.
-constexpr int kTilePixels = 64;
+constexpr int kTilePixels = 128;
 
 struct Axis {
   float position[kSpanStride];
@@ -55,37 +55,77 @@ MAFNET_INLINE void dispatch_type(Dtype dtype, const Body& body) {
 
 // ---- plan
 
+typedef int IntVec __attribute__((vector_size(sizeof(Vec))));
+
+MAFNET_KERNEL MAFNET_INLINE Vec to_float(IntVec v) { return (Vec)__builtin_convertvector(v, Vec); }
+
+// Bounds v without losing a NaN.
+MAFNET_KERNEL MAFNET_INLINE Vec clamp(Vec v, float low, float high) {
+  v = v < broadcast(low) ? broadcast(low) : v;
+  return v > broadcast(high) ? broadcast(high) : v;
+}
+
+// What sample_axis() of common/sampler.h does, for whole vectors, with its taps folded into a cell.
+// The cell is moved into the image, so the distance t to its first pixel may leave [0, 1].
 template <Padding P>
-MAFNET_KERNEL void plan_cells(Axis& __restrict__ axis, int count, int size) {
-  for (int i = 0; i < count; ++i) {
-    const auto taps =
-        sample_axis<Interpolation::kBilinear, float>(axis.position[i], size, P);
-    // Of a tap outside the index is -1, of reflected ones the second may be the smaller.
-    const int cell = std::max(std::max(taps.index[0], taps.index[1]) - 1, 0);
-    const float unknown = 0 * taps.weight[0];  // NaN for a NaN, else 0
-    axis.cell[i] = cell;
-    for (int k = 0; k < 2; ++k) {
-      const bool first = taps.index[0] == cell + k, second = taps.index[1] == cell + k;
-      axis.weight[k][i] =
-          (first ? taps.weight[0] : 0) + (second ? taps.weight[1] : 0) + unknown;
-      axis.slope[k][i] = (first ? taps.slope[0] : 0) + (second ? taps.slope[1] : 0) + unknown;
+MAFNET_KERNEL void plan_cells(Axis& axis, int count, int size) {
+  const float last = static_cast<float>(size - 1);
+  const Vec zero = broadcast(0), one = broadcast(1), two = broadcast(2);
+  float sign[kLanes];
+  for (int i = 0; i < count; i += kLanes) {
+    Vec x = load(axis.position + i);
+    const Vec asked = x;
+    if (P == Padding::kReflection) {
+      float folded[kLanes];
+      for (int k = 0; k < kLanes; ++k) {
+        sign[k] = 1;
+        folded[k] = reflect(axis.position[i + k], size, sign[k]);
+      }
+      x = load(folded);
+    } else if (P == Padding::kBorder) {
+      x = clamp(x, 0, last);
+    } else {
+      x = clamp(x, -2, last + 2);
     }
+    IntVec cell = __builtin_convertvector(x, IntVec);
+    cell += to_float(cell) > x;  // true is -1: the floor, where conversion went towards zero
+    const IntVec top = IntVec{} + (size - 2);
+    cell = cell < 0 ? IntVec{} : cell > top ? top : cell;
+    const Vec t = x - to_float(cell);
+    Vec w0 = t < zero ? one + t : one - t, w1 = t <= one ? t : two - t;
+    w0 = w0 < zero ? zero : w0;
+    w1 = w1 < zero ? zero : w1;
+    // The cell to the right of the position: t = 0 counts as right of the first pixel, 1 as right of
+    // the second.
+    Vec s0 = t < -one ? zero : t < zero ? one : t < one ? -one : zero;
+    Vec s1 = t < zero ? zero : t < one ? one : t < two ? -one : zero;
+    if (P == Padding::kBorder) {
+      s0 = asked < zero ? zero : asked < broadcast(last) ? s0 : zero;
+      s1 = asked < zero ? zero : asked < broadcast(last) ? s1 : zero;
+    } else if (P == Padding::kReflection) {
+      s0 = (t < one ? s0 : one) * load(sign);  // right of the last pixel lies the one before it
+      s1 *= load(sign);
+    }
+    const Vec unknown = zero * t;  // NaN for a NaN, else 0
+    std::memcpy(axis.cell + i, &cell, sizeof(cell));
+    store(axis.weight[0] + i, w0);
+    store(axis.weight[1] + i, w1);
+    store(axis.slope[0] + i, s0 + unknown);
+    store(axis.slope[1] + i, s1 + unknown);
   }
 }
 
 MAFNET_KERNEL void plan_axis(Axis& axis, int count, int size, Padding padding) {
-  switch (padding) {  // outside the loop: each of the three loops is straight-line code
+  // Whole vectors are planned and read; the lanes beyond count belong to no pixel.
+  std::fill_n(axis.position + count, kLanes, 0.0f);
+  switch (padding) {
     case Padding::kBorder:
-      plan_cells<Padding::kBorder>(axis, count, size);
-      break;
+      return plan_cells<Padding::kBorder>(axis, count, size);
     case Padding::kReflection:
-      plan_cells<Padding::kReflection>(axis, count, size);
-      break;
+      return plan_cells<Padding::kReflection>(axis, count, size);
     default:
-      plan_cells<Padding::kZeros>(axis, count, size);
+      return plan_cells<Padding::kZeros>(axis, count, size);
   }
-  // Whole vectors are read: the lanes beyond count get a legal cell.
-  std::fill_n(axis.cell + count, kLanes, 0);
 }
 
 // Positions of count pixels of row y from x0 on, the pixel's own place plus the flow. Component 0 of
@@ -228,6 +268,9 @@ MAFNET_KERNEL void forward_planes(const FlowWarpParams& p, const Plan& plan, con
     for (int u = 0; u < kPlanes; ++u) {
       const T* plane = image + u * p.input_stride[1];
       T* target = output + u * p.output_stride[1] + i;
+      const T* ahead = plane + kPlanes * p.input_stride[1] + offset[i];
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + p.input_stride[2]);
       Vec a, b, c, d;
       load_pairs(plane, offset + i, a, b);
       load_pairs(plane + p.input_stride[2], offset + i, c, d);
@@ -247,15 +290,8 @@ MAFNET_KERNEL void forward_planes(const FlowWarpParams& p, const Plan& plan, con
 MAFNET_KERNEL void find_offsets(const FlowWarpParams& p, const Plan& plan,
                                 int* __restrict__ offset) {
   const int row = static_cast<int>(p.input_stride[2]);
-  for (int i = 0; i < plan.count + kLanes; ++i) offset[i] = plan.y.cell[i] * row + plan.x.cell[i];
-}
-
-// A vector of weights that are read but belong to no pixel would be uninitialised memory.
-MAFNET_KERNEL void clear_rest(Axis& axis, int count) {
-  for (int k = 0; k < 2; ++k) {
-    std::fill_n(axis.weight[k] + count, kLanes, 0.0f);
-    std::fill_n(axis.slope[k] + count, kLanes, 0.0f);
-  }
+  const int whole = (plan.count + kLanes - 1) / kLanes * kLanes;
+  for (int i = 0; i < whole; ++i) offset[i] = plan.y.cell[i] * row + plan.x.cell[i];
 }
 
 template <typename T>
@@ -279,8 +315,6 @@ MAFNET_KERNEL void forward_span(const FlowWarpParams& p, const PixelSpan& span,
   T* output = static_cast<T*>(p.output) + span.n * p.output_stride[0] +
               span.first * p.output_stride[3];
   if (p.channels_last) return forward_channels_last(p, plan, image, output, around_caches);
-  clear_rest(plan.x, plan.count);
-  clear_rest(plan.y, plan.count);
   int offset[kSpanStride];
   find_offsets(p, plan, offset);
   int64_t c = 0;
@@ -380,6 +414,9 @@ MAFNET_KERNEL void add_grad_flow_planes(const FlowWarpParams& p, const Plan& pla
     for (int u = 0; u < kPlanes; ++u) {
       const T* plane = image + u * p.input_stride[1];
       const T* g = grad + u * p.grad_output_stride[1] + i;
+      const T* ahead = plane + kPlanes * p.input_stride[1] + offset[i];
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + p.input_stride[2]);
       Vec a, b, c, d;
       load_pairs(plane, offset + i, a, b);
       load_pairs(plane + p.input_stride[2], offset + i, c, d);
@@ -403,8 +440,6 @@ MAFNET_KERNEL void grad_flow_span(const FlowWarpParams& p, const PixelSpan& span
   if (p.channels_last) {
     grad_flow_channels_last(p, plan, image, grad, grad_x, grad_y);
   } else {
-    clear_rest(plan.x, plan.count);
-    clear_rest(plan.y, plan.count);
     int offset[kSpanStride];
     find_offsets(p, plan, offset);
     std::fill_n(grad_x, plan.count + kLanes, 0.0f);
@@ -490,9 +525,13 @@ MAFNET_KERNEL void scatter(const Plan& plan, int begin, int count, const T* grad
 template <typename T>
 MAFNET_KERNEL void transpose_tile(const T* grad, int64_t plane, int64_t channels, int count,
                                   float* __restrict__ tile) {
-  for (int64_t c = 0; c < kTileChannels; ++c) {
-    for (int i = 0; i < count; ++i) {
-      tile[i * kTileChannels + c] = c < channels ? static_cast<float>(grad[c * plane + i]) : 0.0f;
+  if (channels < kTileChannels) std::fill_n(tile, count * kTileChannels, 0.0f);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* source = grad + c * plane;
+    for (int i = 0; i < count; i += 16) {
+      __builtin_prefetch(source + i + kTilePixels);  // the next tile: so many streams, each so short
+      const int end = std::min(i + 16, count);
+      for (int k = i; k < end; ++k) tile[k * kTileChannels + c] = static_cast<float>(source[k]);
     }
   }
 }
