@@ -30,6 +30,8 @@ using torch::headeronly::Half;
 
 // Arrays end beyond kSpan so that whole vectors fit, and so that they do not begin in one cache set.
 constexpr int kSpanStride = kSpan + 16;
+// How far ahead the cells of a channels_last image are fetched.
+constexpr int kPixelsAhead = 8;
 // Pixels transposed at a time.
 constexpr int kTilePixels = 128;
 
@@ -206,6 +208,20 @@ void repair(const FlowWarpParams& p, const Plan& plan, int64_t channels, const T
   }
 }
 
+// Fetches the right pixels of the cell a few pixels on; the left ones are those of the cell before.
+template <typename T>
+MAFNET_KERNEL MAFNET_INLINE void prefetch_cell(const FlowWarpParams& p, const Plan& plan, int i,
+                                               const T* image) {
+  const int later = std::min(i + kPixelsAhead, plan.count - 1);
+  const T* upper = image + plan.y.cell[later] * p.input_stride[2] +
+                   (plan.x.cell[later] + 1) * p.input_stride[3];
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < p.channels; c += kLine) {
+    __builtin_prefetch(upper + c);
+    __builtin_prefetch(upper + p.input_stride[2] + c);
+  }
+}
+
 // Channels one by one of a pixel of which vectors have taken the first ones.
 template <typename T>
 MAFNET_KERNEL float blend_rest(const T* upper, const T* lower, int64_t next, const float (&w)[4],
@@ -231,6 +247,7 @@ MAFNET_KERNEL void forward_channels_last(const FlowWarpParams& p, const Plan& pl
     const T* upper = image + plan.y.cell[i] * p.input_stride[2] + plan.x.cell[i] * next;
     const T* lower = upper + p.input_stride[2];
     T* target = output + i * p.output_stride[3];
+    prefetch_cell(p, plan, i, image);
     const float w[4] = {plan.y.weight[0][i] * plan.x.weight[0][i],
                         plan.y.weight[0][i] * plan.x.weight[1][i],
                         plan.y.weight[1][i] * plan.x.weight[0][i],
@@ -368,6 +385,7 @@ MAFNET_KERNEL void grad_flow_channels_last(const FlowWarpParams& p, const Plan& 
     const T* upper = image + plan.y.cell[i] * p.input_stride[2] + plan.x.cell[i] * next;
     const T* lower = upper + p.input_stride[2];
     const T* g = grad + i * p.grad_output_stride[3];
+    prefetch_cell(p, plan, i, image);
     Vec dot0 = broadcast(0), dot1 = dot0, dot2 = dot0, dot3 = dot0;
     for (int64_t c = 0; c < whole; c += kLanes) {
       const Vec gc = load(g + c);
