@@ -39,29 +39,42 @@ def grid_sample_warp(image: Tensor, flow: Tensor) -> Tensor:
         ],
         -1,
     )
-    return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=True)
+    # In half precision its coordinates are garbage on images of this size: sampled in fp32, as under autocast.
+    wide = image.to(grid.dtype)
+    return F.grid_sample(wide, grid, "bilinear", "zeros", align_corners=True).to(image.dtype)
+
+
+def smooth_flow(height: int, width: int) -> Tensor:
+    """Pixels that move like their neighbours, by about 4 pixels: optical flow between two frames."""
+    coarse = 4 * torch.randn(1, 2, max(height // 40, 2), max(width // 40, 2))
+    flow = F.interpolate(coarse, size=(height, width), mode="bicubic")
+    return flow.permute(0, 2, 3, 1).contiguous()
 
 
 def flow_warp_cases() -> list[Case]:
+    """Both layouts, smooth and independent flow, and half precision under a smooth one."""
+    formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+    kinds = (("smooth", torch.float32), ("noise", torch.float32), ("smooth", torch.bfloat16))
+    kinds += (("smooth", torch.float16),)
     cases = []
     for height, width in ((180, 320), (720, 1280)):
-        for layout, memory_format in (
-            ("NCHW", torch.contiguous_format),
-            ("channels_last", torch.channels_last),
-        ):
-            torch.manual_seed(0)
-            image = torch.randn(1, 64, height, width).contiguous(memory_format=memory_format)
-            flow = 3 * torch.randn(1, height, width, 2)
-            cases.append(
-                Case(
-                    "flow_warp",
-                    f"64x{height}x{width} {layout}",
-                    (image.requires_grad_(), flow.requires_grad_()),
-                    {"mafnet_ops": mafnet_ops.flow_warp, "F.grid_sample": grid_sample_warp},
-                    reference.flow_warp,
-                    tolerance=1e-3,  # the rival's normalised coordinates are off by up to 1e-4 px
+        for layout, memory_format in formats.items():
+            for kind, dtype in kinds:
+                torch.manual_seed(0)
+                image = torch.randn(1, 64, height, width).to(dtype, memory_format=memory_format)
+                noise = 3 * torch.randn(1, height, width, 2)
+                flow = smooth_flow(height, width) if kind == "smooth" else noise
+                cases.append(
+                    Case(
+                        "flow_warp",
+                        f"{height}x{width} {layout} {str(dtype)[6:]} {kind}",
+                        (image.requires_grad_(), flow.requires_grad_()),
+                        {"mafnet_ops": mafnet_ops.flow_warp, "F.grid_sample": grid_sample_warp},
+                        reference.flow_warp,
+                        # the rival's normalised coordinates are off by up to 1e-4 px
+                        tolerance=max(1e-3, torch.finfo(dtype).eps),
+                    )
                 )
-            )
     return cases
 
 

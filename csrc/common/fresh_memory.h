@@ -1,7 +1,8 @@
 // Large outputs: what the memory behind a new tensor costs to write, and how to make that cheaper.
 //
 // malloc returns large blocks to the system and gets them back as pages that do not exist yet. Each
-// is zeroed when first touched, and 4 kB at a time that takes longer than the kernel that writes it.
+// is zeroed when first touched, and 4 kB at a time that takes longer than the kernel that writes
+// it.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@ constexpr int64_t kLargeOutput = 4 << 20;
 
 // Prepares memory that is about to be written from end to end. True if it is large and its pages
 // exist: storing around the caches then saves reading every line first. Pages that do not exist are
-// made 2 MB at a time where the system allows that, and stores should go through the caches, where a
-// new page lies after it was zeroed.
+// made 2 MB at a time where the system allows that, and stores should go through the caches, where
+// a new page lies after it was zeroed.
 inline bool prepare_output(void* data, int64_t bytes) {
 #if defined(__linux__)
   if (bytes < kLargeOutput) return false;

@@ -16,7 +16,8 @@
 #define MAFNET_NOINLINE __attribute__((noinline))
 #define MAFNET_INLINE_LAMBDA __attribute__((always_inline))
 
-// For functions written for one level, with its intrinsics. Call them only where simd_level() allows.
+// For functions written for one level, with its intrinsics. Call them only where simd_level()
+// allows.
 #define MAFNET_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
 #define MAFNET_TARGET_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")))

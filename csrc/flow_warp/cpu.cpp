@@ -62,8 +62,7 @@ void for_each_span(const FlowWarpParams& p, const Body& body) {
   torch::stable::parallel_for(0, p.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % per_image * length;
-      body(PixelSpan{task / per_image, first,
-                     static_cast<int>(std::min(length, pixels - first))});
+      body(PixelSpan{task / per_image, first, static_cast<int>(std::min(length, pixels - first))});
     }
   });
 }

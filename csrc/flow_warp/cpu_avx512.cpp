@@ -71,8 +71,7 @@ MAFNET_LANES void load_pairs(const float* plane, const int* offset, Vec& left, V
   const __m256i first = load_bits(offset), last = load_bits(offset + 8);
   const Vec low = _mm512_castpd_ps(_mm512_i32gather_pd(first, pairs, 4));
   const Vec high = _mm512_castpd_ps(_mm512_i32gather_pd(last, pairs, 4));
-  const __m512i even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   left = _mm512_permutex2var_ps(low, even, high);
   right = _mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
 }

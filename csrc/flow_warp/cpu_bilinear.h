@@ -1,7 +1,8 @@
-// The fast path of flow_warp on the CPU: bilinear, float or half precision, image of at least 2 x 2.
+// The fast path of flow_warp on the CPU: bilinear, float or half precision, image of at least 2
+// x 2.
 //
-// The kernels (cpu_bilinear_kernels.h) are compiled three times, by cpu_avx512.cpp, cpu_avx2.cpp and
-// cpu_portable.cpp, and one set of pointers is chosen when the program runs. No torch here.
+// The kernels (cpu_bilinear_kernels.h) are compiled three times, by cpu_avx512.cpp, cpu_avx2.cpp
+// and cpu_portable.cpp, and one set of pointers is chosen when the program runs. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct RowRange {
   int first, last;  // rows of the image that an output row reads; empty where first > last
 };
 
-// Part of grad_input of image n: rows first_row .. last_row of channels first_channel and following.
+// Part of grad_input of image n: rows first_row .. last_row of channels first_channel and
+// following.
 struct Band {
   int64_t n;
   int first_row, last_row;

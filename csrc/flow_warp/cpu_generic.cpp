@@ -1,6 +1,6 @@
-// See cpu_generic.h. Pixels are planned in blocks of one row: K taps per axis (1, 2 or 4, known only
-// at run time, which keeps the templates few). A tap of weight zero does not contribute, so that an
-// infinite neighbour cannot spoil an exact sample.
+// See cpu_generic.h. Pixels are planned in blocks of one row: K taps per axis (1, 2 or 4, known
+// only at run time, which keeps the templates few). A tap of weight zero does not contribute, so
+// that an infinite neighbour cannot spoil an exact sample.
 #include "flow_warp/cpu_generic.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -339,9 +339,8 @@ RowRange generic_row_range(const FlowWarpParams& p, int64_t n, int y) {
 }
 
 void generic_grad_input(const FlowWarpParams& p, const RowRange* ranges, const Band& band) {
-  dispatch_dtype<Half, BFloat16>(p.dtype, [&](auto type) {
-    grad_input_band<typename decltype(type)::type>(p, ranges, band);
-  });
+  dispatch_dtype<Half, BFloat16>(
+      p.dtype, [&](auto type) { grad_input_band<typename decltype(type)::type>(p, ranges, band); });
 }
 
 }  // namespace mafnet

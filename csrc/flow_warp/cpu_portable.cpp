@@ -1,4 +1,5 @@
-// The bilinear kernels of flow_warp for any CPU: 4 lanes, which are SSE2 on x86-64, NEON on aarch64.
+// The bilinear kernels of flow_warp for any CPU: 4 lanes, which are SSE2 on x86-64, NEON on
+// aarch64.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
