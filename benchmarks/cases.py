@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -95,6 +96,13 @@ def warp_definition(image: Tensor, flow: Tensor) -> Tensor:
     return out
 
 
+def smooth_flow(height: int, width: int, device: str) -> Tensor:
+    """Pixels that move like their neighbours, by about 4 pixels: optical flow between two frames."""
+    coarse = 4 * torch.randn(1, 2, max(height // 40, 2), max(width // 40, 2), device=device)
+    flow = F.interpolate(coarse, size=(height, width), mode="bicubic")
+    return flow.permute(0, 2, 3, 1).contiguous()
+
+
 def flow_warp_cases(suite: Suite) -> Iterator[Case]:
     implementations = (
         Implementation("mafnet_ops", mafnet_ops.flow_warp),
@@ -102,24 +110,28 @@ def flow_warp_cases(suite: Suite) -> Iterator[Case]:
         Implementation("F.grid_sample", grid_sample, lambda x, flow: (x, make_grid(x, flow))),
     )
     sizes = ((12, 17),) if suite.small else ((180, 320), (720, 1280))
+    distributions = ("smooth", "normal, sigma 3")
     for height, width in sizes:
-        for dtype in suite.dtypes:
-            for layout, memory_format in LAYOUTS.items():
-                torch.manual_seed(0)
-                image = torch.randn(1, 64, height, width, device=suite.device)
-                image = image.to(DTYPES[dtype], memory_format=memory_format)
-                flow = 3 * torch.randn(1, height, width, 2, device=suite.device)
-                yield Case(
-                    op="flow_warp",
-                    shape=f"1x64x{height}x{width}",
-                    dtype=dtype,
-                    layout=layout,
-                    distribution="normal, sigma 3",
-                    inputs=(image.requires_grad_(), flow.requires_grad_()),
-                    implementations=implementations,
-                    definition=warp_definition,
-                    flops=8 * image.numel(),  # 4 taps, a multiplication and an addition each
-                )
+        for dtype, (layout, memory_format), distribution in itertools.product(
+            suite.dtypes, LAYOUTS.items(), distributions
+        ):
+            torch.manual_seed(0)
+            image = torch.randn(1, 64, height, width, device=suite.device)
+            image = image.to(DTYPES[dtype], memory_format=memory_format)
+            flow = smooth_flow(height, width, suite.device)
+            if distribution != "smooth":
+                flow = 3 * torch.randn_like(flow)
+            yield Case(
+                op="flow_warp",
+                shape=f"1x64x{height}x{width}",
+                dtype=dtype,
+                layout=layout,
+                distribution=distribution,
+                inputs=(image.requires_grad_(), flow.requires_grad_()),
+                implementations=implementations,
+                definition=warp_definition,
+                flops=8 * image.numel(),  # 4 taps, a multiplication and an addition each
+            )
 
 
 # --------------------------------------------------------------------------- modulated_deform_conv2d

@@ -108,13 +108,13 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_op_folder_joins_the_library_of_its_files() -> None:
-    cpu, cuda = SETUP.extension("_C", "cpu.cpp"), SETUP.extension("_C_cuda", "*.cu")
-    assert {"csrc/module.cpp", "csrc/flow_warp/binding.cpp", "csrc/flow_warp/cpu.cpp"} <= set(
+    cpu, cuda = SETUP.extension("_C", "cpu*.cpp"), SETUP.extension("_C_cuda", "*.cu")
+    assert {"csrc/module.cpp", "csrc/flow_warp/binding.cpp", "csrc/flow_warp/cpu_avx2.cpp"} <= set(
         cpu.sources
     )
     assert {"csrc/flow_warp/forward.cu", "csrc/flow_warp/backward.cu"} <= set(cuda.sources)
     assert not any(source.endswith(".cu") for source in cpu.sources)
-    assert not any(source.endswith("cpu.cpp") for source in cuda.sources)
+    assert not any("/cpu" in source for source in cuda.sources)
 
 
 def test_no_compiler_installs_without_kernels_but_not_silently(

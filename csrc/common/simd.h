@@ -16,6 +16,12 @@
 #define MAFNET_NOINLINE __attribute__((noinline))
 #define MAFNET_INLINE_LAMBDA __attribute__((always_inline))
 
+// For functions written for one level, with its intrinsics. Call them only where simd_level()
+// allows.
+#define MAFNET_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
+#define MAFNET_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")))
+
 namespace mafnet {
 
 enum class SimdLevel : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -38,21 +44,26 @@ inline SimdLevel detect_simd_level() {
   return level;
 }
 
+// The level of this process.
+inline SimdLevel simd_level() {
+  static const SimdLevel level = detect_simd_level();
+  return level;
+}
+
 template <typename Body>
-__attribute__((target("avx2,fma,f16c,bmi,bmi2"))) void run_avx2(const Body& body) {
+MAFNET_TARGET_AVX2 void run_avx2(const Body& body) {
   body();
 }
 
 template <typename Body>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))) void
-run_avx512(const Body& body) {
+MAFNET_TARGET_AVX512 void run_avx512(const Body& body) {
   body();
 }
 
 template <typename T = float, typename Body>
 void with_simd(const Body& body) {
   if constexpr (std::is_same_v<T, double>) return body();
-  static const SimdLevel level = detect_simd_level();
+  const SimdLevel level = simd_level();
   if (level == SimdLevel::kAvx512) {
     run_avx512(body);
   } else if (level == SimdLevel::kAvx2) {
@@ -63,6 +74,8 @@ void with_simd(const Body& body) {
 }
 
 #else
+
+inline SimdLevel simd_level() { return SimdLevel::kBaseline; }
 
 template <typename T = float, typename Body>
 void with_simd(const Body& body) {

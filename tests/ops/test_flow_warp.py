@@ -275,6 +275,47 @@ def test_random_shapes(
 
 
 @needs_native
+@paddings
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(2, 2), (2, 9), (5, 40)], ids=str)
+def test_fp32_takes_the_same_sides_as_fp64(
+    padding_mode: str, layout: str, size: tuple[int, int]
+) -> None:
+    """fp32 has kernels of its own. Quarter steps across every edge are exact in both: so are the sides."""
+    input, grad = (uniform(2, 19, *size, seed=s).float() for s in (0, 2))
+    flow = (uniform(2, *size, 2, reach=14.0 * max(size), seed=1) * 4).round().div(4).float()
+    flow[:, :, ::2] = flow[:, :, ::2].round()
+    flow[1] = flow[1].clamp(-3, 3)
+    args = [t.double() for t in (input, flow, grad)]
+    exact = run(args[0], args[1], args[2], flow_warp, "bilinear", padding_mode)
+    x, g = laid_out(input, layout), laid_out(grad, layout)
+    terms = size[0] * size[1] * TERMS
+    for a, e in zip(run(x, flow, g, flow_warp, "bilinear", padding_mode), exact):
+        assert_rounding_only(a, e.float(), terms, 4)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_infinite_pixels_spoil_only_what_weighs_them(layout: str, dtype: torch.dtype) -> None:
+    """The fast kernels redo what came out not finite: only the samples that use such a pixel stay so."""
+    input = uniform(1, 21, 9, 70).to(dtype)
+    input[:, ::3, 4, 30], input[:, 1::3, 2, 8] = math.inf, math.nan
+    flow = torch.zeros(1, 9, 70, 2)
+    flow[..., 1:, 0] = 0.5
+    flow[0, 6, 5, 1] = math.nan
+    flow[0, 7] = 200.0
+    exact = flow_warp(input.double(), flow.double())
+    output = flow_warp(laid_out(input, layout), flow)
+    assert exact.isfinite().float().mean() > 0.9 and not exact.isfinite().all()
+    assert ((output.isnan() == exact.isnan()) & (output.isinf() == exact.isinf())).all()
+    grad = torch.ones_like(input)
+    grad_input, grad_flow = run(laid_out(input, layout), flow, grad, flow_warp)[1:]
+    expected = run(input.double(), flow.double(), grad.double(), flow_warp)[1:]
+    assert (grad_flow.isnan() == expected[1].isnan()).all() and grad_input.isfinite().all()
+
+
+@needs_native
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_every_vector_level(level: str) -> None:

@@ -1,0 +1,56 @@
+// The fast path of flow_warp on the CPU: bilinear, float or half precision, image of at least 2
+// x 2.
+//
+// The kernels (cpu_bilinear_kernels.h) are compiled three times, by cpu_avx512.cpp, cpu_avx2.cpp
+// and cpu_portable.cpp, and one set of pointers is chosen when the program runs. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "flow_warp/params.h"
+
+namespace mafnet {
+
+// Pixels of one call. Planes are read one after another for all pixels of a call: with fewer, every
+// plane is a new page for the TLB after a few pixels (22 ms for 64 x 180 x 320 at 64 pixels, 6 at
+// 2048); with more, the plan of a call leaves the L2 cache.
+constexpr int kSpan = 2048;
+// Channels that planes are transposed by on their way into grad_input.
+constexpr int kTileChannels = 32;
+
+// Pixels first .. first + count of the output of image n, in raster order; count <= kSpan.
+struct PixelSpan {
+  int64_t n, first;
+  int count;
+};
+
+struct RowRange {
+  int first, last;  // rows of the image that an output row reads; empty where first > last
+};
+
+// Part of grad_input of image n: rows first_row .. last_row of channels first_channel and
+// following.
+struct Band {
+  int64_t n;
+  int first_row, last_row;
+  int64_t first_channel, channels;
+};
+
+struct BilinearKernels {
+  // stream: store around the caches, for outputs larger than those.
+  void (*forward)(const FlowWarpParams& p, const PixelSpan& span, bool stream);
+  void (*grad_flow)(const FlowWarpParams& p, const PixelSpan& span);
+  RowRange (*row_range)(const FlowWarpParams& p, int64_t n, int y);
+  // ranges: of every output row of image band.n. buffer: floats as many as the band has elements
+  // (kTileChannels of them per pixel where grad_input is planar); unused for channels_last float.
+  void (*grad_input)(const FlowWarpParams& p, const RowRange* ranges, const Band& band,
+                     float* buffer);
+};
+
+extern const BilinearKernels kBilinearPortable;
+#if defined(__x86_64__)
+extern const BilinearKernels kBilinearAvx2;
+extern const BilinearKernels kBilinearAvx512;
+#endif
+
+}  // namespace mafnet

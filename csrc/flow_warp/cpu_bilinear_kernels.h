@@ -1,0 +1,27 @@
+// The kernels behind BilinearKernels, written once for vectors of kLanes floats. Included by one
+// file per vector level, which first defines
+//   MAFNET_KERNEL  the attribute that lets a function use the level's instructions
+//   Vec, kLanes    the vector; it has + and *
+//   load, store, stream, broadcast, sum_of, load_pairs
+//
+// Every pixel is interpolated in one cell of 2 x 2 pixels inside the image, whatever the padding:
+// taps in the padding become weights of the cell, or nothing. A row of a cell is then one pair of
+// neighbours, which planes can be gathered by: half as many loads as taps.
+//
+// Loops are optimistic. A tap of weight zero must not contribute, or an infinite neighbour would
+// spoil an exact sample, but testing for it costs more than the sum. 0 * r is NaN where r is not
+// finite, so a loop adds up 0 * r of all its results; only where that is NaN are the results that
+// are not finite computed again, tap by tap.
+// clang-format off: each of these builds on the one before
+#include "flow_warp/cpu_bilinear_plan.h"
+#include "flow_warp/cpu_bilinear_forward.h"
+#include "flow_warp/cpu_bilinear_backward.h"
+// clang-format on
+
+namespace mafnet {
+namespace {
+
+constexpr BilinearKernels kKernels{&forward, &grad_flow, &row_range, &grad_input};
+
+}  // namespace
+}  // namespace mafnet
