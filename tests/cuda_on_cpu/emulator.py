@@ -73,6 +73,7 @@ class Kernels:
         loader.exec_module(self._module)
         self.entries: tuple[str, ...] = tuple(self._module.entries())
         self.checked: bool = self._module.is_checked
+        self.timeout = 60.0  # seconds of wall clock for one call
 
     def run(
         self,
@@ -81,7 +82,7 @@ class Kernels:
         *,
         order: str = "forward",
         seed: int = 0,
-        timeout: float = 60.0,
+        timeout: float | None = None,
         shared_limit: int = SHARED_LIMIT_SM90,
         **arguments: Tensor | np.ndarray | float,
     ) -> Report:
@@ -94,7 +95,9 @@ class Kernels:
             k: as_array(v) for k, v in arguments.items() if isinstance(v, (Tensor, np.ndarray))
         }
         numbers = {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float))}
-        self._module.configure(order=order, seed=seed, timeout=timeout, shared_limit=shared_limit)
+        self._module.configure(
+            order=order, seed=seed, timeout=timeout or self.timeout, shared_limit=shared_limit
+        )
         status, findings = self._module.run(entry, arrays, numbers)
         return Report(status, tuple(Finding(*finding) for finding in findings))
 

@@ -17,8 +17,8 @@ from mafnet_ops import reference
 
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
-# "strided" is a slice of a larger, transposed tensor. In the others channels are last, and pixels, rows or images
-# are apart by what is no multiple of 16 bytes; in "padded_pixels" by what is one, whatever the channels.
+# "strided" is a slice of a larger, transposed tensor. In the others channels are last, and the stride of pixels,
+# rows or images is no multiple of 16 bytes, while the two other strides are; in "padded_pixels" all three are.
 LAYOUTS = (
     "contiguous",
     "channels_last",
@@ -47,8 +47,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout in gaps:
         per_image, per_row, per_pixel = gaps[layout]
         pixel = c + per_pixel
-        row = w * pixel + per_row
-        strides = (h * row + per_image, 1, row, pixel)
+        row = -(-w * pixel // 8) * 8 + per_row
+        strides = (-(-h * row // 8) * 8 + per_image, 1, row, pixel)
         storage = tensor.new_full((n * strides[0] + 1,), math.nan)
         return storage.as_strided(tensor.shape, strides).copy_(tensor)
     return tensor.contiguous()
@@ -208,6 +208,8 @@ def check_weightless_neighbours(kernels: Kernels, layout: str, interpolation: st
 
 def probe(kernels: Kernels) -> None:
     """A short pass over all that the kernels decide on, for fp32 and fp16, bilinear, zero padding."""
+    half = (torch.float16, torch.float16)
+    Warp.random((1, 16, 5, 7), None, half).check(kernels)
     for dtypes in ((torch.float32, torch.float32), (torch.float16, torch.float32)):
         dense = Warp.random((2, 16, 5, 7), None, dtypes, "channels_last")
         for layout in LAYOUTS:
