@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -65,6 +66,8 @@ class Library:
 
 def why_not() -> str | None:
     """The reason nothing can be built here, or None."""
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     if not shutil.which(compiler()[0]):
         return f"no C++ compiler: {compiler()[0]}"
     version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
@@ -147,13 +150,14 @@ def _parts(library: Library) -> list[tuple[Path, tuple[str, ...], tuple[Path, ..
     project = (SOURCES, library.csrc)
     defines = tuple(f"-D{name}" for name in library.defines)
     kernel_flags = (*KERNEL_FLAGS, *(CHECKED_FLAGS if library.checked else FAST_FLAGS), *defines)
+    runtime_flags = (*RUNTIME_FLAGS, *defines)
     left_out = {"checker_off.cpp"} if library.checked else {"checker.cpp", "sanitizer.cpp"}
     runtime = sorted(p for p in SOURCES.glob("*.cpp") if p.name not in left_out)
     harness = SOURCES / "harness.cpp"
     parts = [(harness, (*COMMON_FLAGS, "-O1", *_python_flags()), own)]  # the longest first
     parts += [(path, kernel_flags, project) for path in library.kernels]
-    parts += [(path, RUNTIME_FLAGS, project) for path in library.bindings]
-    parts += [(path, RUNTIME_FLAGS, own) for path in runtime if path != harness]
+    parts += [(path, runtime_flags, project) for path in library.bindings]
+    parts += [(path, runtime_flags, own) for path in runtime if path != harness]
     return parts
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.build import CSRC, HERE, Library, build, why_not
+from cuda_on_cpu.build import CSRC, HERE, Library, build, remove_unused, why_not
 from torch import Tensor
 
 ORDERS = ("forward", "reverse", "random")
@@ -108,14 +107,15 @@ def op_library(op: str, checked: bool, csrc: Path = CSRC) -> Library:
     return Library(kernels, checked, (HERE / "bindings" / f"{op}.cpp",), csrc=csrc)
 
 
-def kernel_library(name: str, checked: bool, defines: Sequence[str] = ()) -> Library:
+def kernel_library(name: str, checked: bool) -> Library:
     """kernels/<name>.cu, a kernel of these tests that holds its own binding."""
-    return Library((HERE / "kernels" / f"{name}.cu",), checked, defines=tuple(defines))
+    return Library((HERE / "kernels" / f"{name}.cu",), checked)
 
 
 @functools.cache
 def load(library: Library) -> Kernels:
     """Builds and loads a library, once per process."""
+    remove_unused()
     return Kernels(build([library])[0])
 
 
