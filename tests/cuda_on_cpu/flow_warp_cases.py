@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from cuda_on_cpu.emulator import Kernels
@@ -104,16 +105,18 @@ class Warp:
 
     def to(self, dtype: torch.dtype) -> Warp:
         tensors = (self.input, self.flow, self.grad_output)
-        return Warp(*(t.to(dtype) for t in tensors), self.interpolation, self.padding_mode)
+        input, flow, grad_output = (t.to(dtype) for t in tensors)
+        return Warp(input, flow, grad_output, self.interpolation, self.padding_mode)
 
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output and gradients by differentiable PyTorch, in the dtype of the arguments."""
         x, f = self.input.detach().requires_grad_(), self.flow.detach().requires_grad_()
         output = reference.flow_warp(x, f, self.interpolation, self.padding_mode)
         assert isinstance(output, Tensor)
-        return output.detach(), *torch.autograd.grad(output, (x, f), self.grad_output)
+        grad_input, grad_flow = torch.autograd.grad(output, (x, f), self.grad_output)
+        return output.detach(), grad_input, grad_flow
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         has_channels_last = self.input.shape[1] > 1 and self.input.stride(1) == 1
         return {
             "interpolation": INTERPOLATIONS.index(self.interpolation),
@@ -135,7 +138,7 @@ class Warp:
         n, height, width, _ = self.flow.shape
         output = self.like_input(height, width, self.input.dtype)
         mask = torch.zeros(n, 1, height, width, dtype=self.input.dtype)
-        arrays = {"input": self.input, "flow": self.flow, "output": output}
+        arrays: dict[str, Any] = {"input": self.input, "flow": self.flow, "output": output}
         arrays |= {"mask": mask} if with_mask else {}
         report = kernels.run("flow_warp_forward", order=order, **arrays, **self.numbers())
         report.raise_if_any()
@@ -150,7 +153,11 @@ class Warp:
         accumulators = self.like_input(height, width, torch.float64 if double else torch.float32)
         grad_flow = torch.zeros(self.flow.shape, dtype=self.flow.dtype)
         gradients = {"grad_input": accumulators, "grad_flow": grad_flow}
-        arrays = {"input": self.input, "flow": self.flow, "grad_output": self.dense_gradient()}
+        arrays: dict[str, Any] = {
+            "input": self.input,
+            "flow": self.flow,
+            "grad_output": self.dense_gradient(),
+        }
         arrays |= {name: gradients[name] for name in wanted}
         report = kernels.run("flow_warp_backward", order=order, **arrays, **self.numbers())
         report.raise_if_any()

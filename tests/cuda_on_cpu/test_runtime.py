@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.build import Library, build
-from cuda_on_cpu.emulator import HERE, ORDERS, Kernels, load, needs_emulator
+from cuda_on_cpu.build import HERE, Library, build
+from cuda_on_cpu.emulator import ORDERS, Kernels, load, needs_emulator
 
 pytestmark = needs_emulator
 
@@ -60,7 +60,8 @@ def test_atomics(kernels: Kernels, order: str) -> None:
     h, b = np.zeros(1, np.float16), torch.zeros(1, dtype=torch.bfloat16)
     kernels.run("run_atomics", order=order, i=i, u=u, l=wide, f=f, d=d, h=h, b=b).raise_if_any()
     assert list(i) == [128, 63, -63, 7]
-    assert (u[0], wide[0], f[0], d[0], h[0], b[0]) == (192, 64 << 33, 32, 16, 64, 64)
+    assert (u[0], wide[0], f[0], d[0]) == (192, 64 << 33, 32, 16)
+    assert h[0] == 64 and b[0] == 64
     assert list(f[4:]) == [64, 128, 192, 256]
 
 
@@ -99,7 +100,7 @@ def test_arithmetic_in_half_rounds_once(kernels: Kernels) -> None:
     x = (rng.standard_normal(20000) * 10 ** rng.uniform(-9, 6, 20000)).astype(np.float32)
     ties = np.arange(2048, dtype=np.float32) / 2 + 1024  # halfway between two halves
     x = np.concatenate(
-        [x, ties, np.float32([0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 1e-8])]
+        [x, ties, np.array([0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 1e-8], np.float32)]
     )
     y = rng.permutation(x)
     rounded = np.zeros((6, len(x)), np.uint16)
