@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from cuda_on_cpu.emulator import Kernels
@@ -17,8 +18,8 @@ from mafnet_ops import reference
 
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
-# "strided" is a slice of a larger, transposed tensor. In the others channels are last, and pixels, rows or images
-# are apart by what is no multiple of 16 bytes; in "padded_pixels" by what is one, whatever the channels.
+# "strided" is a slice of a larger, transposed tensor. In the others channels are last, and the stride of pixels,
+# rows or images is no multiple of 16 bytes, while the two other strides are; in "padded_pixels" all three are.
 LAYOUTS = (
     "contiguous",
     "channels_last",
@@ -47,8 +48,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout in gaps:
         per_image, per_row, per_pixel = gaps[layout]
         pixel = c + per_pixel
-        row = w * pixel + per_row
-        strides = (h * row + per_image, 1, row, pixel)
+        row = -(-w * pixel // 8) * 8 + per_row
+        strides = (-(-h * row // 8) * 8 + per_image, 1, row, pixel)
         storage = tensor.new_full((n * strides[0] + 1,), math.nan)
         return storage.as_strided(tensor.shape, strides).copy_(tensor)
     return tensor.contiguous()
@@ -104,16 +105,18 @@ class Warp:
 
     def to(self, dtype: torch.dtype) -> Warp:
         tensors = (self.input, self.flow, self.grad_output)
-        return Warp(*(t.to(dtype) for t in tensors), self.interpolation, self.padding_mode)
+        input, flow, grad_output = (t.to(dtype) for t in tensors)
+        return Warp(input, flow, grad_output, self.interpolation, self.padding_mode)
 
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output and gradients by differentiable PyTorch, in the dtype of the arguments."""
         x, f = self.input.detach().requires_grad_(), self.flow.detach().requires_grad_()
         output = reference.flow_warp(x, f, self.interpolation, self.padding_mode)
         assert isinstance(output, Tensor)
-        return output.detach(), *torch.autograd.grad(output, (x, f), self.grad_output)
+        grad_input, grad_flow = torch.autograd.grad(output, (x, f), self.grad_output)
+        return output.detach(), grad_input, grad_flow
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         has_channels_last = self.input.shape[1] > 1 and self.input.stride(1) == 1
         return {
             "interpolation": INTERPOLATIONS.index(self.interpolation),
@@ -135,7 +138,7 @@ class Warp:
         n, height, width, _ = self.flow.shape
         output = self.like_input(height, width, self.input.dtype)
         mask = torch.zeros(n, 1, height, width, dtype=self.input.dtype)
-        arrays = {"input": self.input, "flow": self.flow, "output": output}
+        arrays: dict[str, Any] = {"input": self.input, "flow": self.flow, "output": output}
         arrays |= {"mask": mask} if with_mask else {}
         report = kernels.run("flow_warp_forward", order=order, **arrays, **self.numbers())
         report.raise_if_any()
@@ -150,7 +153,11 @@ class Warp:
         accumulators = self.like_input(height, width, torch.float64 if double else torch.float32)
         grad_flow = torch.zeros(self.flow.shape, dtype=self.flow.dtype)
         gradients = {"grad_input": accumulators, "grad_flow": grad_flow}
-        arrays = {"input": self.input, "flow": self.flow, "grad_output": self.dense_gradient()}
+        arrays: dict[str, Any] = {
+            "input": self.input,
+            "flow": self.flow,
+            "grad_output": self.dense_gradient(),
+        }
         arrays |= {name: gradients[name] for name in wanted}
         report = kernels.run("flow_warp_backward", order=order, **arrays, **self.numbers())
         report.raise_if_any()
@@ -208,6 +215,8 @@ def check_weightless_neighbours(kernels: Kernels, layout: str, interpolation: st
 
 def probe(kernels: Kernels) -> None:
     """A short pass over all that the kernels decide on, for fp32 and fp16, bilinear, zero padding."""
+    half = (torch.float16, torch.float16)
+    Warp.random((1, 16, 5, 7), None, half).check(kernels)
     for dtypes in ((torch.float32, torch.float32), (torch.float16, torch.float32)):
         dense = Warp.random((2, 16, 5, 7), None, dtypes, "channels_last")
         for layout in LAYOUTS:

@@ -7,6 +7,7 @@ or by wrong values, is listed for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_reports_name_kernel_line_array_and_both_threads() -> None:
     report, _ = run(kernels, "transpose missing warp barrier", "forward")
     text = next(f.text for f in report.findings if f.kind == "race")
     assert "block (0,0,0) thread (" in text and "shared 'tile' byte" in text
-    assert text.count("reduce.cu:") == 2 and "read by lanes of warp 0" in text
+    assert text.count("reduce.cu:") == 2 and "read by thread 0 at" in text
     kernels = load(kernel_library("misuse", True))
     report, _ = run(kernels, "global_write_past_the_end", "forward")
     assert "past the end of 'output'" in report.findings[0].text
@@ -164,7 +165,7 @@ def test_reading_between_the_elements_of_a_strided_array() -> None:
 
 def test_arguments_are_checked() -> None:
     kernels = load(kernel_library("misuse", False))
-    arrays = {"input": np.zeros(64, np.float32), "output": np.zeros(64, np.float32)}
+    arrays: dict[str, Any] = {"input": np.zeros(64, np.float32), "output": np.zeros(64, np.float32)}
     with pytest.raises(ValueError, match="no array 'counter' was given"):
         kernels.run("correct", **arrays)
     arrays["counter"] = np.zeros(2, np.int32)
@@ -176,6 +177,6 @@ def test_arguments_are_checked() -> None:
 
 def test_shared_memory_limit_of_an_architecture() -> None:
     kernels = load(kernel_library("misuse", False))
-    arrays = {"input": np.zeros(64, np.float32), "output": np.zeros(64, np.float32)}
+    arrays: dict[str, Any] = {"input": np.zeros(64, np.float32), "output": np.zeros(64, np.float32)}
     report = kernels.run("correct", shared_limit=300, counter=np.zeros(2, np.int32), **arrays)
     assert report.kinds == {"launch"} and report.status != 0

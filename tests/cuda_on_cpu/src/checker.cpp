@@ -36,7 +36,6 @@ struct Range {
 };
 
 std::vector<Region> g_buffers;
-Region g_shared;
 Region* g_last_buffer;
 Clock g_clock;
 std::vector<std::pair<uint32_t, uint3>> g_block_starts;  // epoch, index
@@ -44,6 +43,9 @@ std::set<std::tuple<std::string, Site, std::string>> g_reported;
 Range g_host_stack;
 
 constexpr size_t kGranule = 2;  // bytes; no kernel here has smaller elements in shared memory
+
+// Its cells grow on demand and are never cleared: the clock goes on, so old accesses stay old.
+Region g_shared{nullptr, nullptr, nullptr, kGranule, {}};
 
 bool is_write(Access access) { return access != Access::kRead; }
 
@@ -172,6 +174,7 @@ void touch(Region& region, const char* begin, size_t size, Access access, Site s
 }
 
 void access_shared(const char* p, size_t size, Access access, Site site) {
+  g_shared.cells.resize(std::max(g_shared.cells.size(), g_block.shared_used / kGranule));
   const SharedArray* nearest = nullptr;
   for (const SharedArray& a : g_block.shared_arrays) {
     if (p >= a.begin && p + size <= a.begin + a.size) return touch(g_shared, p, size, access, site);
@@ -307,10 +310,8 @@ void check_begin_call() {
 void check_add_buffer(const Buffer& buffer) { g_buffers.push_back(make_region(buffer)); }
 
 void check_begin_grid() {
-  if (g_shared.begin == nullptr) {  // never cleared: the clock goes on, so old accesses stay old
-    g_shared = Region{g_block.arena, g_block.arena + kArenaBytes, nullptr, kGranule,
-                      std::vector<Cell>(kArenaBytes / kGranule)};
-  }
+  g_shared.begin = g_block.arena;
+  g_shared.end = g_block.arena + kArenaBytes;
   g_clock.begin_grid();
   g_block_starts.clear();
 }
