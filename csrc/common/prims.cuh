@@ -258,4 +258,21 @@ struct alignas(sizeof(T) * V) Vector {
   T at[V];
 };
 
+template <typename T, int V>
+DEVICE Vector<T, V> load_vector(const T* address) {
+  return *reinterpret_cast<const Vector<T, V>*>(address);
+}
+
+template <typename T, int V>
+DEVICE void store_vector(T* address, const Vector<T, V>& value) {
+#if defined(__CUDACC__)
+  // Spelt out: nvcc splits the store of a struct of halves into four words.
+  if constexpr (sizeof(value) == sizeof(uint4)) {
+    *reinterpret_cast<uint4*>(address) = reinterpret_cast<const uint4&>(value);
+    return;
+  }
+#endif
+  *reinterpret_cast<Vector<T, V>*>(address) = value;
+}
+
 }  // namespace mafnet

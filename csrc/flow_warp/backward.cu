@@ -47,7 +47,7 @@ DEVICE void store_flow(const FlowWarpParams& p, int64_t offset, Accumulator<T> v
 template <int G, typename A>
 DEVICE A sum_over_group(A v) {
 #pragma unroll
-  for (int step = G / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  for (int step = G / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   return v;
 }
 
@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kThreads) flow_warp_backward_kernel(const Flow
   A* grad_input = static_cast<A*>(p.grad_input) + f.n * p.grad_input_stride[0];
   A grad_x = 0, grad_y = 0;
   for (int64_t c = lane * V; active && c < p.channels; c += G * V) {
-    const Vector<T, V> packed =
-        *reinterpret_cast<const Vector<T, V>*>(grad_output + c * p.grad_output_stride[1]);
+    const Vector<T, V> packed = load_vector<T, V>(grad_output + c * p.grad_output_stride[1]);
     A grad[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) grad[v] = to_accumulator(packed.at[v]);
@@ -83,9 +82,9 @@ __global__ void __launch_bounds__(kThreads) flow_warp_backward_kernel(const Flow
         if (p.grad_flow != nullptr && I != Interpolation::kNearest) {
           A dot = 0;
           if (used) {
-            const Vector<T, V> values = *reinterpret_cast<const Vector<T, V>*>(
-                image + c * p.input_stride[1] + row * p.input_stride[2] +
-                column * p.input_stride[3]);
+            const Vector<T, V> values =
+                load_vector<T, V>(image + c * p.input_stride[1] + row * p.input_stride[2] +
+                                  column * p.input_stride[3]);
 #pragma unroll
             for (int v = 0; v < V; ++v) dot += grad[v] * to_accumulator(values.at[v]);
           }

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const T* grad = grad_output + f.y * p.grad_output_stride[2] + f.x * p.grad_output_stride[3];
     if constexpr (kPacked) {
-      const Vector<T, V> values = *reinterpret_cast<const Vector<T, V>*>(grad);
+      const Vector<T, V> values = load_vector<T, V>(grad);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] += weight * to_accumulator(values.at[v]);
     } else {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     Vector<T, V> result;
 #pragma unroll
     for (int v = 0; v < V; ++v) result.at[v] = from_accumulator<T>(sum[v]);
-    *reinterpret_cast<Vector<T, V>*>(grad_input) = result;
+    store_vector(grad_input, result);
   } else {
 #pragma unroll
     for (int v = 0; v < V; ++v) {

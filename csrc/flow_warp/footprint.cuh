@@ -9,6 +9,9 @@ namespace mafnet {
 
 constexpr int kThreads = 256;  // no shared memory, few registers: 8 warps fill an SM at any size
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 // One output pixel: its image, place, and the taps of both axes.
 template <Interpolation I, typename A>
 struct Footprint {

@@ -1,19 +1,25 @@
 // flow_warp forward: output(n, c, p) = sum_j sum_k wy[j] wx[k] input(n, c, iy[j], ix[k]), the taps
 // taken at p + flow(n, p).
 //
-// channels_last: one thread owns V = 16 bytes of channels of one pixel; neighbouring lanes take
-// neighbouring channels, so a tap is read in whole sectors. planar: one thread owns one pixel and
-// walks the channels; neighbouring lanes take neighbouring x. It takes any strides: double, and
-// channels that do not fill vectors of 16 bytes, go there too. Either way a thread works its own
-// taps out, which is cheaper than sharing them. Per output element: one write, and one read from
-// DRAM where the flow is smooth (the taps of neighbours overlap in L1 and L2); the flow is read
-// once per thread.
+// channels_last: a warp owns 32 pixels. Each lane works out the taps of one; then the warp walks
+// over pairs of a pixel and 16 bytes of its channels, neighbouring lanes taking what lies side by
+// side, and gets the taps by shuffles from the lane that has them. So a tap is read in whole
+// sectors, and its position is computed once and not once per 16 bytes, which would cost more than
+// the reads. planar: one thread owns one pixel and walks its channels, four at a time so that their
+// loads are in flight together; neighbouring lanes take neighbouring x. It takes any strides:
+// double, and channels that do not fill vectors of 16 bytes, go there too. Per output element: one
+// write, and one read from DRAM where the flow is smooth (the taps of neighbours overlap in L1 and
+// L2); the flow is read once per pixel.
 #include <type_traits>
 
 #include "flow_warp/footprint.cuh"
 
 namespace mafnet {
 namespace {
+
+// Channels whose loads are in flight together; one where a stencil of 16 taps fills the registers.
+template <Interpolation I>
+constexpr int kPlanarChannels = I == Interpolation::kBicubic ? 1 : 4;
 
 template <Interpolation I, typename A>
 DEVICE bool inside(const FlowWarpParams& p, const Footprint<I, A>& f) {
@@ -35,6 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     flow_warp_forward_planar_kernel(const FlowWarpParams p) {
   using A = Accumulator<T>;
   constexpr int K = kTapsPerAxis<I>;
+  constexpr int U = kPlanarChannels<I>;
   const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (pixel >= pixel_count(p)) return;
   const Footprint<I, A> f = make_footprint<T, I>(p, pixel);
@@ -43,23 +50,30 @@ __global__ void __launch_bounds__(kThreads)
   const T* image = static_cast<const T*>(p.input) + f.n * p.input_stride[0];
   T* output = static_cast<T*>(p.output) + f.n * p.output_stride[0] + f.y * p.output_stride[2] +
               f.x * p.output_stride[3];
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const T* plane = image + c * p.input_stride[1];
-    A sum = 0;
+  for (int64_t first = 0; first < p.channels; first += U) {
+    A sum[U] = {};
 #pragma unroll
     for (int j = 0; j < K; ++j) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const int row = f.rows.index[j], column = f.columns.index[k];
         const A w = f.rows.weight[j] * f.columns.weight[k];
-        A value = 0;
-        if (row >= 0 && column >= 0 && w != 0) {
-          value = to_accumulator(plane[row * p.input_stride[2] + column * p.input_stride[3]]);
+        const bool used = row >= 0 && column >= 0 && w != 0;
+        const T* tap = image + row * p.input_stride[2] + column * p.input_stride[3];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const int64_t c = first + u;
+          const A value =
+              used && c < p.channels ? to_accumulator(tap[c * p.input_stride[1]]) : A(0);
+          sum[u] += w * value;
         }
-        sum += w * value;
       }
     }
-    output[c * p.output_stride[1]] = from_accumulator<T>(sum);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t c = first + u;
+      if (c < p.channels) output[c * p.output_stride[1]] = from_accumulator<T>(sum[u]);
+    }
   }
 }
 
@@ -69,37 +83,64 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   constexpr int K = kTapsPerAxis<I>;
-  const int64_t chunks = p.channels / V;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t pixel = item / chunks;
-  if (pixel >= pixel_count(p)) return;
-  const int64_t chunk = item - pixel * chunks;
-  const Footprint<I, A> f = make_footprint<T, I>(p, pixel);
-  if (chunk == 0) write_mask<T, I>(p, f, pixel);
+  const int64_t pixels = pixel_count(p);
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t first = pixel - lane;
+  const Footprint<I, A> mine = make_footprint<T, I>(p, pixel < pixels ? pixel : pixels - 1);
+  if (pixel < pixels) write_mask<T, I>(p, mine, pixel);
 
-  const T* image = static_cast<const T*>(p.input) + f.n * p.input_stride[0] + chunk * V;
-  A sum[V] = {};
-#pragma unroll
-  for (int j = 0; j < K; ++j) {
+  const int64_t my_image = mine.n * p.input_stride[0];
+  const int chunks = static_cast<int>(p.channels / V);
+  int owner = lane / chunks, chunk = lane % chunks;  // whose pixel, and which of its channels
+  const int owner_step = kWarp / chunks, chunk_step = kWarp % chunks;
+  for (int i = 0; i < chunks; ++i) {  // all lanes alike: the shuffles need them
+    int row[K], column[K];
+    A wy[K], wx[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int row = f.rows.index[j], column = f.columns.index[k];
-      const A w = f.rows.weight[j] * f.columns.weight[k];
-      Vector<T, V> values = {};
-      if (row >= 0 && column >= 0 && w != 0) {
-        values = *reinterpret_cast<const Vector<T, V>*>(image + row * p.input_stride[2] +
-                                                        column * p.input_stride[3]);
-      }
+      row[k] = __shfl_sync(kAllLanes, mine.rows.index[k], owner);
+      column[k] = __shfl_sync(kAllLanes, mine.columns.index[k], owner);
+      wy[k] = __shfl_sync(kAllLanes, mine.rows.weight[k], owner);
+      wx[k] = __shfl_sync(kAllLanes, mine.columns.weight[k], owner);
+    }
+    const int64_t image = __shfl_sync(kAllLanes, my_image, owner);
+    if (first + owner < pixels) {
+      const T* base = static_cast<const T*>(p.input) + image + chunk * V;
+      A sum[V] = {};
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] += w * to_accumulator(values.at[v]);
+      for (int j = 0; j < K; ++j) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const A w = wy[j] * wx[k];
+          Vector<T, V> values = {};
+          if (row[j] >= 0 && column[k] >= 0 && w != 0) {
+            values = load_vector<T, V>(base + row[j] * p.input_stride[2] +
+                                       column[k] * p.input_stride[3]);
+          }
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[v] += w * to_accumulator(values.at[v]);
+        }
+      }
+      Vector<T, V> result;
+#pragma unroll
+      for (int v = 0; v < V; ++v) result.at[v] = from_accumulator<T>(sum[v]);
+      store_vector(static_cast<T*>(p.output) + (first + owner) * p.channels + chunk * V, result);
+    }
+    owner += owner_step;
+    chunk += chunk_step;
+    if (chunk >= chunks) {
+      chunk -= chunks;
+      ++owner;
     }
   }
-  T* output = static_cast<T*>(p.output) + f.n * p.output_stride[0] + f.y * p.output_stride[2] +
-              f.x * p.output_stride[3] + chunk * V;
-  Vector<T, V> result;
-#pragma unroll
-  for (int v = 0; v < V; ++v) result.at[v] = from_accumulator<T>(sum[v]);
-  *reinterpret_cast<Vector<T, V>*>(output) = result;
+}
+
+// Whether the output's pixels follow each other without gaps, each with its channels side by side.
+bool is_dense_channels_last(const FlowWarpParams& p, const int64_t (&stride)[4]) {
+  const int64_t line = p.channels * p.out_width;
+  return stride[1] == 1 && stride[3] == p.channels && stride[2] == line &&
+         stride[0] == line * p.out_height;
 }
 
 template <typename T, Interpolation I>
@@ -107,9 +148,8 @@ int launch_typed(const FlowWarpParams& p, void* stream) {
   const int64_t pixels = pixel_count(p);
   if constexpr (!std::is_same_v<T, double>) {
     if (p.channels_last && is_aligned<T>(p, p.input, p.input_stride) &&
-        is_aligned<T>(p, p.output, p.output_stride)) {
-      return launch_items(flow_warp_forward_channels_last_kernel<T, I>,
-                          pixels * (p.channels / kVector<T>), p, stream);
+        is_aligned<T>(p, p.output, p.output_stride) && is_dense_channels_last(p, p.output_stride)) {
+      return launch_items(flow_warp_forward_channels_last_kernel<T, I>, pixels, p, stream);
     }
   }
   return launch_items(flow_warp_forward_planar_kernel<T, I>, pixels, p, stream);
