@@ -76,7 +76,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = lower_bound(sorted, count, pixel); i < count && sorted[i] == pixel; ++i) {
     const int64_t source = order[i] / (K * K);
     const int tap = static_cast<int>(order[i] - source * K * K);
-    const Footprint<I, A> f = make_footprint<T, I>(p, n * out_pixels + source);
+    const int64_t y = source / p.out_width;
+    const Footprint<I, A> f =
+        footprint_at<T, I>(p, n, static_cast<int>(y), static_cast<int>(source - y * p.out_width));
     A weight = 0;
 #pragma unroll
     for (int t = 0; t < K * K; ++t) {  // selects, where an index would put f into local memory

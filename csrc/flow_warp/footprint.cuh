@@ -27,21 +27,28 @@ DEVICE A load_flow(const FlowWarpParams& p, int64_t offset) {
   return static_cast<const float*>(p.flow)[offset];
 }
 
-// The footprint of pixel number `pixel`, counted over all images in raster order.
 template <typename T, Interpolation I>
-DEVICE Footprint<I, Accumulator<T>> make_footprint(const FlowWarpParams& p, int64_t pixel) {
+DEVICE Footprint<I, Accumulator<T>> footprint_at(const FlowWarpParams& p, int64_t n, int y, int x) {
   using A = Accumulator<T>;
   Footprint<I, A> f;
-  const int64_t line = pixel / p.out_width;
-  f.x = static_cast<int>(pixel - line * p.out_width);
-  f.n = line / p.out_height;
-  f.y = static_cast<int>(line - f.n * p.out_height);
-  const int64_t flow = f.n * p.flow_stride[0] + f.y * p.flow_stride[1] + f.x * p.flow_stride[2];
-  f.position_x = static_cast<A>(f.x) + load_flow<T, A>(p, flow);
-  f.position_y = static_cast<A>(f.y) + load_flow<T, A>(p, flow + p.flow_stride[3]);
+  f.n = n;
+  f.y = y;
+  f.x = x;
+  const int64_t flow = n * p.flow_stride[0] + y * p.flow_stride[1] + x * p.flow_stride[2];
+  f.position_x = static_cast<A>(x) + load_flow<T, A>(p, flow);
+  f.position_y = static_cast<A>(y) + load_flow<T, A>(p, flow + p.flow_stride[3]);
   f.rows = sample_axis<I, A>(f.position_y, p.height, p.padding);
   f.columns = sample_axis<I, A>(f.position_x, p.width, p.padding);
   return f;
+}
+
+// The footprint of pixel number `pixel`, counted over all images in raster order.
+template <typename T, Interpolation I>
+DEVICE Footprint<I, Accumulator<T>> make_footprint(const FlowWarpParams& p, int64_t pixel) {
+  const int64_t line = pixel / p.out_width;
+  const int64_t n = line / p.out_height;
+  return footprint_at<T, I>(p, n, static_cast<int>(line - n * p.out_height),
+                            static_cast<int>(pixel - line * p.out_width));
 }
 
 MAFNET_HOST_DEVICE int64_t pixel_count(const FlowWarpParams& p) {

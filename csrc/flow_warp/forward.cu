@@ -136,19 +136,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Whether the output's pixels follow each other without gaps, each with its channels side by side.
-bool is_dense_channels_last(const FlowWarpParams& p, const int64_t (&stride)[4]) {
-  const int64_t line = p.channels * p.out_width;
-  return stride[1] == 1 && stride[3] == p.channels && stride[2] == line &&
-         stride[0] == line * p.out_height;
-}
-
 template <typename T, Interpolation I>
 int launch_typed(const FlowWarpParams& p, void* stream) {
   const int64_t pixels = pixel_count(p);
   if constexpr (!std::is_same_v<T, double>) {
     if (p.channels_last && is_aligned<T>(p, p.input, p.input_stride) &&
-        is_aligned<T>(p, p.output, p.output_stride) && is_dense_channels_last(p, p.output_stride)) {
+        is_aligned<T>(p, p.output, p.output_stride)) {
       return launch_items(flow_warp_forward_channels_last_kernel<T, I>, pixels, p, stream);
     }
   }

@@ -24,7 +24,8 @@ struct FlowWarpParams {
   const void* flow;
   int64_t input_stride[4], flow_stride[4];
 
-  // Forward. mask (N, 1, out_height, out_width) is contiguous, or null.
+  // Forward. output is dense, channels_last where that is set and else planar. mask (N, 1,
+  // out_height, out_width) is contiguous, or null.
   void* output;
   void* mask;
   int64_t output_stride[4];

@@ -29,6 +29,7 @@ LAYOUTS = (
     "strided_images",
     "padded_pixels",
 )
+TAPS = {"bilinear": 4, "nearest": 1, "bicubic": 16}
 TERMS = 16  # taps of the largest stencil
 NAMES = ("output", "grad_input", "grad_flow")
 
@@ -163,6 +164,42 @@ class Warp:
         report.raise_if_any()
         return accumulators, grad_flow
 
+    def deterministic_grad_input(self, kernels: Kernels, order: str = "forward") -> Tensor:
+        """As binding.cpp does it: write the taps down, let torch sort them, gather."""
+        n, height, width, _ = self.flow.shape
+        taps = torch.empty(n, height * width * TAPS[self.interpolation], dtype=torch.int64)
+        arrays: dict[str, Any] = {"input": self.input, "flow": self.flow}
+        report = kernels.run(
+            "flow_warp_backward_taps", order=order, taps=taps, **arrays, **self.numbers()
+        )
+        report.raise_if_any()
+        arrays["sorted_taps"], arrays["tap_order"] = taps.sort(dim=1, stable=True)
+        arrays["grad_output"] = self.dense_gradient()
+        grad_input = self.like_input(*self.input.shape[2:], self.input.dtype)
+        report = kernels.run(
+            "flow_warp_backward_gather",
+            order=order,
+            grad_input=grad_input,
+            **arrays,
+            **self.numbers(),
+        )
+        report.raise_if_any()
+        return grad_input
+
+    def check_deterministic(self, kernels: Kernels, orders: tuple[str, ...] = ("random",)) -> None:
+        """grad_input against the reference, the same bits in every order."""
+        exact = self.to(torch.float64).reference()[1]
+        results = [self.deterministic_grad_input(kernels, order) for order in orders]
+        for other in results[1:]:
+            assert_same(other, results[0])
+        terms = self.flow.shape[1] * self.flow.shape[2] * TAPS[self.interpolation]
+        if self.input.dtype == torch.float64:
+            # both are rounded: two walks
+            assert_as_accurate(results[0], exact, exact, "grad_input", 4 * terms)
+            return
+        baseline = self.to(torch.float32).reference()[1].to(self.input.dtype)
+        assert_as_accurate(results[0], baseline, exact, "grad_input", terms)
+
     def dense_gradient(self) -> Tensor:
         """grad_output as binding.cpp hands it over."""
         last = self.numbers()["channels_last"]
@@ -236,3 +273,24 @@ def probe(kernels: Kernels) -> None:
     empty = Warp.random((0, 4, 5, 6))
     empty.forward(kernels)
     empty.backward(kernels)
+    probe_deterministic(kernels)
+
+
+def probe_deterministic(kernels: Kernels) -> None:
+    """Taps outside and without weight, channels that fill vectors and blocks or do not, gaps in memory."""
+    for channels in (3, 8, 13):
+        for layout in ("contiguous", "channels_last"):
+            Warp.random((2, channels, 5, 7), (4, 3), layout=layout).check_deterministic(kernels)
+    for layout in LAYOUTS:
+        case = Warp.random((2, 16, 5, 7), layout="channels_last")
+        strided = replace(case, grad_output=laid_out(case.grad_output, layout))
+        strided.check_deterministic(kernels)
+    replace(case, grad_output=misaligned(case.grad_output)).check_deterministic(kernels)
+    last = Warp.random((1, 8, 2, 2), (1, 1))  # all taps count, and the last one is the last pixel's
+    replace(last, flow=torch.full_like(last.flow, 0.5)).check_deterministic(kernels)
+    case = Warp.random((1, 8, 6, 7))
+    spoilt = torch.full_like(case.grad_output, math.nan)
+    spoilt[:, :, 2, 3] = 1.0
+    case = replace(case, grad_output=spoilt, flow=torch.zeros_like(case.flow))
+    assert_same(case.deterministic_grad_input(kernels), spoilt)
+    Warp.random((0, 4, 5, 6)).deterministic_grad_input(kernels)

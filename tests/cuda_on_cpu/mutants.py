@@ -16,7 +16,8 @@ AND = re.compile(r"\s&&\s")
 BOUNDARY = re.compile(
     r";|\?|\s:\s|&&|\|\||\breturn\b|\s=\s|\{"
 )  # around an operand of &&, outside of brackets
-CHOICE = re.compile(r"\b(\w+) \? ")  # a flag that guards a value
+# What guards a value: a comparison or a flag, but no constant.
+CHOICE = re.compile(r"(?<![\w.:\])])((?:[\w.\[\]]+ (?:[<>]=?|[!=]=) )?(?!k[A-Z])[\w.]+) \? ")
 RETURN = re.compile(r"\s*return\b[^;]*;")
 
 

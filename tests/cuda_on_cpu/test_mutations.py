@@ -46,6 +46,8 @@ class Op:
     idle: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
+DENSE = "allocated densely: aligned wherever the channels fill vectors"
+
 OPS = {
     "flow_warp": Op(
         flow_warp_cases.probe,
@@ -55,20 +57,26 @@ OPS = {
                 "backward.cu",
                 "I != Interpolation::kNearest",
             ): "saves dot products with slopes of zero",
-            ("backward.cu", "p.channels_last"): "planes have a pixel stride of 1, never aligned",
-            ("forward.cu", "p.channels_last"): "planes have a pixel stride of 1, never aligned",
+            (
+                "backward_deterministic.cu",
+                "row >= 0",
+            ): "row -1 gives a number below those of all pixels",
+            **{
+                (file, "p.channels_last"): "planes have a pixel stride of 1, never aligned"
+                for file in ("forward.cu", "backward.cu", "backward_deterministic.cu")
+            },
             (
                 "footprint.cuh",
                 "p.channels % kVector<T> == 0",
             ): "output and grad_input are dense: other channels give them strides that are not aligned",
-            (
-                "backward.cu",
-                "is_aligned<T>(p, p.grad_input, p.grad_input_stride)",
-            ): "grad_input is allocated densely: aligned wherever the channels fill vectors",
-            (
-                "forward.cu",
-                "is_aligned<T>(p, p.output, p.output_stride)",
-            ): "output is allocated densely: aligned wherever the channels fill vectors",
+            **{
+                (file, f"is_aligned<T>(p, p.{name}, p.{name}_stride)"): DENSE
+                for file, name in (
+                    ("forward.cu", "output"),
+                    ("backward.cu", "grad_input"),
+                    ("backward_deterministic.cu", "grad_input"),
+                )
+            },
         },
     )
 }
@@ -143,7 +151,9 @@ def test_finding_mutants(tmp_path: Path) -> None:
         "for (int c = 0; active && c < n; ++c) {}\n"
         "x = used ? y[i] : 0;\n"
         "if constexpr (kFlag) return;\n"
+        "constexpr int n = kFlag ? 1 : mode == Mode::kSlow ? 2 : 3;\n"
         "__syncwarp(mask);\n"
+        "x = i < p.size ? y[i] : 0;\n"
         "if (p != nullptr) *p = 1;\n"
     )
     found = [(m.line, m.removed, m.replacement) for m in find(tmp_path, "k.cu")]
@@ -156,8 +166,9 @@ def test_finding_mutants(tmp_path: Path) -> None:
         (5, "active", "true"),
         (5, "c < n", "true"),
         (6, "used", "true"),
-        (8, "__syncwarp(mask);", ";"),
-        (9, "p != nullptr", "true"),
+        (9, "__syncwarp(mask);", ";"),
+        (10, "i < p.size", "true"),
+        (11, "p != nullptr", "true"),
     ]
     first = find(tmp_path, "k.cu")[0]
     first.apply(tmp_path)
