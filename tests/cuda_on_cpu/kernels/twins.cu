@@ -111,4 +111,26 @@ CUEMU_ENTRY(cp_async) {
   return launch(copy_async, dim3(1), dim3(32), 0, nullptr, source, target, valid);
 }
 
+#else  // for twins_on_device.py: device pointers, the default stream, a CUDA error code
+
+#define RUN_MMA(name)                                                         \
+  extern "C" int run_##name(const uint32_t* a, const uint32_t* b, float* d) { \
+    return launch(mma_##name, dim3(1), dim3(32), 0, nullptr, a, b, d);        \
+  }
+#define RUN_LOAD(name, count, transposed)                                                       \
+  extern "C" int run_##name(const uint16_t* rows, uint32_t* loaded) {                           \
+    return launch(load_matrix<count, transposed>, dim3(1), dim3(32), 0, nullptr, rows, loaded); \
+  }
+RUN_MMA(f16_k16)
+RUN_MMA(bf16_k16)
+RUN_MMA(f16_k8)
+RUN_MMA(tf32_k8)
+RUN_LOAD(ldmatrix_x4, 4, false)
+RUN_LOAD(ldmatrix_x4_trans, 4, true)
+RUN_LOAD(ldmatrix_x2, 2, false)
+RUN_LOAD(ldmatrix_x2_trans, 2, true)
+extern "C" int run_cp_async(const uint4* source, uint4* target, int valid) {
+  return launch(copy_async, dim3(1), dim3(32), 0, nullptr, source, target, valid != 0);
+}
+
 #endif
