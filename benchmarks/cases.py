@@ -54,8 +54,12 @@ def smooth_flow(height: int, width: int) -> Tensor:
 def flow_warp_cases() -> list[Case]:
     """Both layouts, smooth and independent flow, and half precision under a smooth one."""
     formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-    kinds = (("smooth", torch.float32), ("noise", torch.float32), ("smooth", torch.bfloat16))
-    kinds += (("smooth", torch.float16),)
+    kinds = [
+        ("smooth", torch.float32),
+        ("noise", torch.float32),
+        ("smooth", torch.bfloat16),
+        ("smooth", torch.float16),
+    ]
     cases = []
     for height, width in ((180, 320), (720, 1280)):
         for layout, memory_format in formats.items():
