@@ -102,7 +102,7 @@ def test_backward(layout: str, bar: float) -> None:
 @pytest.mark.parametrize("layout", list(FORMATS))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_right_at_this_size(layout: str, dtype: torch.dtype) -> None:
-    """One rounding of a value below 8, and fp32 coordinates; grid_sample is wrong by whole pixels here."""
+    """One rounding of a value below 8, and fp32 coordinates; grid_sample misses by a pixel here."""
     image, flow, _ = make_case(layout, dtype)
     exact = flow_warp(image.double(), flow.double())
     output = flow_warp(image, flow)
