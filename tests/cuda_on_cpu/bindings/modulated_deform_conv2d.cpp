@@ -1,0 +1,66 @@
+// Binds the CUDA launchers of modulated_deform_conv2d. Images, offset and mask are in the order
+// N C H W.
+#include "binding.h"
+#include "dtypes.h"
+#include "modulated_deform_conv2d/params.h"
+
+namespace {
+
+using cuemu::Array;
+
+// Strides of N, C and pixels; rows follow each other.
+void copy_pixel_strides(const Array& array, int64_t (&target)[3]) {
+  array.require_axes(4);
+  target[0] = array.stride[0];
+  target[1] = array.stride[1];
+  target[2] = array.shape[3] == 1 ? array.stride[2] : array.stride[3];
+}
+
+mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
+  const Array input = arguments.in("input"), offset = arguments.in("offset");
+  const Array weight = arguments.in("weight");
+  mafnet::ModulatedDeformConv2dParams p{};
+  p.dtype = cuemu::dtype_of(input);
+  p.offset_dtype = cuemu::dtype_of(offset);
+  p.batch = input.shape[0];
+  p.channels = static_cast<int>(input.shape[1]);
+  p.height = static_cast<int>(input.shape[2]);
+  p.width = static_cast<int>(input.shape[3]);
+  p.out_channels = static_cast<int>(weight.shape[0]);
+  p.kernel_h = static_cast<int>(weight.shape[2]);
+  p.kernel_w = static_cast<int>(weight.shape[3]);
+  p.out_height = static_cast<int>(offset.shape[2]);
+  p.out_width = static_cast<int>(offset.shape[3]);
+  p.stride_h = static_cast<int>(arguments.integer("stride_h"));
+  p.stride_w = static_cast<int>(arguments.integer("stride_w"));
+  p.padding_h = static_cast<int>(arguments.integer("padding_h"));
+  p.padding_w = static_cast<int>(arguments.integer("padding_w"));
+  p.dilation_h = static_cast<int>(arguments.integer("dilation_h"));
+  p.dilation_w = static_cast<int>(arguments.integer("dilation_w"));
+  p.groups = static_cast<int>(input.shape[1] / weight.shape[1]);
+  p.offset_groups = static_cast<int>(offset.shape[1] / (2 * p.taps()));
+  p.input = input.data;
+  input.copy_strides(p.input_stride);
+  p.offset = offset.data;
+  copy_pixel_strides(offset, p.offset_stride);
+  if (arguments.has("mask")) {
+    const Array mask = arguments.in("mask");
+    p.mask = mask.data;
+    p.mask_dtype = cuemu::dtype_of(mask);
+    copy_pixel_strides(mask, p.mask_stride);
+  }
+  p.weight = weight.data;
+  return p;
+}
+
+}  // namespace
+
+// mask and bias are optional.
+CUEMU_ENTRY(forward) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  if (arguments.has("bias")) p.bias = arguments.in("bias").data;
+  const Array output = arguments.out("output");
+  p.output = output.data;
+  copy_pixel_strides(output, p.output_stride);
+  return mafnet::launch_modulated_deform_conv2d_forward(p, nullptr);
+}
