@@ -64,3 +64,38 @@ CUEMU_ENTRY(forward) {
   copy_pixel_strides(output, p.output_stride);
   return mafnet::launch_modulated_deform_conv2d_forward(p, nullptr);
 }
+
+// Every gradient is optional. grad_input are accumulators, zeroed; fixed_sums and exponents,
+// zeroed, make it deterministic.
+CUEMU_ENTRY(backward) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  const Array grad_output = arguments.in("grad_output");
+  p.grad_output = grad_output.data;
+  copy_pixel_strides(grad_output, p.grad_output_stride);
+  if (arguments.has("grad_input")) {
+    const Array grad_input = arguments.in_out("grad_input");
+    p.grad_input = grad_input.data;
+    copy_pixel_strides(grad_input, p.grad_input_stride);
+  }
+  if (arguments.has("fixed_sums")) {
+    p.fixed_sums = static_cast<int64_t*>(arguments.in_out("fixed_sums").data);
+    p.exponents = static_cast<int*>(arguments.in_out("exponents").data);
+  }
+  if (arguments.has("grad_offset")) p.grad_offset = arguments.out("grad_offset").data;
+  if (arguments.has("grad_mask")) p.grad_mask = arguments.out("grad_mask").data;
+  if (arguments.has("grad_weight")) {
+    p.grad_weight = arguments.out("grad_weight").data;
+    p.weight_partials = arguments.out("weight_partials").data;
+  }
+  if (arguments.has("grad_bias")) p.grad_bias = arguments.out("grad_bias").data;
+  return mafnet::launch_modulated_deform_conv2d_backward(p, nullptr);
+}
+
+// sizes: elements of weight_partials, limbs of fixed_sums.
+CUEMU_ENTRY(workspace) {
+  const mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  auto* sizes = static_cast<int64_t*>(arguments.in_out("sizes").data);
+  sizes[0] = mafnet::modulated_deform_conv2d_weight_partials(p);
+  sizes[1] = mafnet::modulated_deform_conv2d_fixed_limbs(p.dtype);
+  return 0;
+}
