@@ -9,6 +9,8 @@
 // input is read 4 * taps times from L1 and L2, once per kOutputs output channels, the weight once
 // per pixel tile from L2.
 //
+// Where there is a packed_weight, forward_tensor_core.cu does it.
+#include "modulated_deform_conv2d/forward_tensor_core.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
 
 namespace mafnet {
@@ -116,6 +118,7 @@ __global__ void __launch_bounds__(kThreads)
 
 int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p, void* stream) {
   if (p.batch * p.pixels() * p.out_channels == 0) return 0;
+  if (p.packed_weight != nullptr) return launch_forward_tensor_core(p, stream);
   const int64_t blocks =
       p.batch * ceil_div(p.pixels(), kPixels) * p.groups * ceil_div(p.group_outputs(), kOutputs);
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from cuda_on_cpu.emulator import ORDERS, Kernels
 from oracles import deform_conv2d_loop, deform_conv2d_torch
 from tolerances import assert_as_accurate, assert_rounding_only, assert_same
 from torch import Tensor
-
-from cuda_on_cpu.emulator import ORDERS, Kernels
 
 OP = "modulated_deform_conv2d"
 DOUBLE = torch.float64
@@ -38,6 +37,7 @@ class Case:
     mask: bool = True
     bias: bool = True
     channels_last: bool = False
+    planar_offset: bool = False  # and mask, beside an input that is channels_last
     reach: float = 2.0
     float_offset: bool = True  # beside half-precision features
     float_mask: bool = False
@@ -86,7 +86,10 @@ class Case:
             uniform(self.out_channels, self.channels // self.groups, *self.kernel).to(dtype),
             uniform(self.out_channels).to(dtype) if self.bias else None,
         ]
-        images = [None if t is None else t.contiguous(memory_format=format) for t in every[:3]]
+        formats = [format] + 2 * [torch.contiguous_format if self.planar_offset else format]
+        images = [
+            None if t is None else t.contiguous(memory_format=f) for t, f in zip(every, formats)
+        ]
         return [*images, *every[3:]]
 
 
@@ -108,12 +111,61 @@ CASES = {
     "W 1": Case(size=(7, 1), kernel=(3, 1), padding=(1, 0), channels_last=True),
     "one pixel": Case(size=(1, 1), batch=1),
     "63 pixels": Case(batch=1, channels=2, out_channels=3, size=(7, 9), kernel=(1, 2)),
-    "64 pixels": Case(batch=1, channels=2, out_channels=3, size=(8, 9), kernel=(1, 2), padding=(0, 0)),
-    "65 pixels": Case(batch=1, channels=2, out_channels=3, size=(5, 13), kernel=(1, 1), padding=(0, 0)),
+    "64 pixels": Case(
+        batch=1, channels=2, out_channels=3, size=(8, 9), kernel=(1, 2), padding=(0, 0)
+    ),
+    "65 pixels": Case(
+        batch=1, channels=2, out_channels=3, size=(5, 13), kernel=(1, 1), padding=(0, 0)
+    ),
     "15 to 63 channels": Case(1, 15, 63, (3, 4), (1, 2), channels_last=True),
     "16 to 64 channels": Case(1, 16, 64, (3, 4), (1, 1), padding=(0, 0), offset_groups=4),
     "17 to 65 channels": Case(1, 17, 65, (3, 4), (1, 1), padding=(0, 0), channels_last=True),
     "half offsets, float mask": Case(float_offset=False, float_mask=True, offset_groups=2),
+}
+
+# What the tensor cores take. A block has 128 pixels, 8 warps of 16; a step 32 channels of one tap, its ring 4 stages; a
+# tile 64 output channels.
+TENSOR_CORE_CASES = {
+    "1 step, 8 outputs, 2 pixels": Case(
+        1, 32, 8, (1, 2), (1, 1), padding=(0, 0), offset_groups=4, channels_last=True
+    ),
+    "2 steps, 56 outputs, 127 pixels": Case(
+        1, 64, 56, (1, 127), (1, 1), padding=(0, 0), offset_groups=8, channels_last=True, mask=False
+    ),
+    "3 steps, 64 outputs, 128 pixels": Case(
+        1,
+        32,
+        64,
+        (128, 1),
+        (3, 1),
+        padding=(1, 0),
+        offset_groups=2,
+        channels_last=True,
+        planar_offset=True,
+    ),
+    "4 steps, 72 outputs, 129 pixels": Case(
+        1, 128, 72, (3, 43), (1, 1), padding=(0, 0), channels_last=True, bias=False
+    ),
+    "5 steps, 128 outputs, 2 images of 130 pixels": Case(
+        2, 32, 128, (10, 13), (1, 5), padding=(0, 2), offset_groups=1, channels_last=True
+    ),
+    "18 steps, 64 outputs": Case(
+        2, 64, 64, (9, 8), offset_groups=8, channels_last=True, planar_offset=True
+    ),
+    "kernel 3x2, stride 2x1, dilation 1x2, 12 steps": Case(
+        1, 64, 24, (9, 8), (3, 2), (2, 1), (0, 2), (1, 2), 1, 2, channels_last=True
+    ),
+    "half offsets, float mask, 96 channels in 3": Case(
+        1,
+        96,
+        16,
+        (4, 5),
+        (2, 2),
+        offset_groups=3,
+        channels_last=True,
+        float_offset=False,
+        float_mask=True,
+    ),
 }
 
 
@@ -133,11 +185,36 @@ def arguments_of(case: Case, tensors: list[Any]) -> dict[str, Any]:
     return {**dict(zip(("input", "offset", "mask", "weight"), tensors)), **case.numbers}
 
 
-def forward(kernels: Kernels, case: Case, tensors: list[Any], **options: Any) -> Tensor:
+def packed_weight_bytes(
+    kernels: Kernels, case: Case, tensors: list[Any], output: Tensor | None = None
+) -> int:
+    """0: not for the tensor cores."""
+    if output is None:
+        output = poisoned(tensors[0], len(tensors[0]), len(tensors[3]), *tensors[1].shape[2:])
+    size = np.zeros(1, np.int64)
+    arguments = arguments_of(case, tensors)
+    kernels.run("packed_weight_bytes", **arguments, output=output, sizes=size).raise_if_any()
+    return int(size[0])
+
+
+def forward(
+    kernels: Kernels, case: Case, tensors: list[Any], generic: bool = False, **options: Any
+) -> Tensor:
+    """On the tensor cores where they take it, unless generic."""
     input, offset, _, weight, bias = tensors
     output = poisoned(input, len(input), len(weight), *offset.shape[2:])
     arguments = arguments_of(case, tensors)
-    kernels.run("forward", **arguments, bias=bias, output=output, **options).raise_if_any()
+    packed = np.full(packed_weight_bytes(kernels, case, tensors, output), 0xFF, np.uint8)
+    kernels.run(
+        "forward",
+        **arguments,
+        bias=bias,
+        output=output,
+        packed_weight=packed if packed.size and not generic else None,
+        **options,
+    ).raise_if_any()
+    used = packed.size > 0 and not (packed == 0xFF).all()  # poison where no kernel wrote
+    assert used == (packed.size > 0 and not generic and output.numel() > 0)
     return output
 
 

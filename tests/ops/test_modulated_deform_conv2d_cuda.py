@@ -18,52 +18,163 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     DTYPES,
     GRADS,
     OP,
+    TENSOR_CORE_CASES,
     Case,
     backward,
     check_backward,
     check_forward,
     forward,
+    packed_weight_bytes,
     random_grad,
 )
 from tolerances import assert_same
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
+FEW = (
+    "kernel 3x2, stride 2x1, dilation 1x2",
+    "offset groups straddle 3 groups",
+    "17 to 65 channels",
+)
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+HALVES = (torch.float16, torch.bfloat16)
+tensor_core_cases = pytest.mark.parametrize(
+    "case", TENSOR_CORE_CASES.values(), ids=TENSOR_CORE_CASES.keys()
+)
+some_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(scope="module", params=["fast", "checked"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return emulate(OP, checked=request.param == "checked")
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return emulate(OP)
 
 
-def orders_of(kernels: Kernels) -> tuple[str, ...]:
-    return ("random",) if kernels.checked else ORDERS
-
-
-def dtypes_of(kernels: Kernels) -> tuple[torch.dtype, ...]:
-    return DTYPES[1:2] if kernels.checked else DTYPES
+@pytest.fixture(scope="module")
+def checked() -> Kernels:
+    return emulate(OP, checked=True)
 
 
 @all_cases
 def test_forward(kernels: Kernels, case: Case) -> None:
-    for dtype in dtypes_of(kernels):
-        check_forward(kernels, case, dtype, orders_of(kernels))
+    for order, dtype in zip((*ORDERS, "random"), DTYPES):
+        check_forward(kernels, case, dtype, (order,))
+
+
+@tensor_core_cases
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_forward_on_tensor_cores(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    assert packed_weight_bytes(kernels, case, case.tensors(dtype)) > 0
+    check_forward(kernels, case, dtype, ("random",))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: torch.dtype) -> None:
+    """A weight that permutes channels permutes them, to the bit: 128 in 4 vectors of 2 halves, to 128 in 2 tiles."""
+    case = Case(
+        1,
+        128,
+        128,
+        (5, 7),
+        (1, 1),
+        padding=(0, 0),
+        offset_groups=16,
+        channels_last=True,
+        mask=False,
+        bias=False,
+    )
+    tensors = case.tensors(dtype)
+    tensors[1] = tensors[1] * 0
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(3))
+    tensors[3] = torch.eye(128)[order].to(dtype).view(128, 128, 1, 1)
+    assert packed_weight_bytes(kernels, case, tensors) == 128 * 128 * 2
+    assert_same(forward(kernels, case, tensors), tensors[0][:, order])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Far ones sample zeros beside infinite pixels, NaN gives NaN in its pixel alone, and the rest stays."""
+    case = Case(1, 64, 64, (6, 7), offset_groups=8, channels_last=True, reach=0.4, padding=(0, 0))
+    tensors = case.tensors(dtype)
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        tensors[0][0, :, y, x] = math.inf
+    tensors[1][:, :, 0, 0] = 3  # samples that would meet those pixels go elsewhere
+    tensors[1][:, :, 0, -1] = 3
+    tensors[1][:, :, -1, 0] = 3
+    tensors[1][:, :, -1, -1] = -3
+    closed = tensors[2].clone()
+    wild = tensors[1].clone()
+    for group, far in enumerate((1e9, -1e9, 4.2e6, -4.2e6, 3e38, -3e38, math.inf, -math.inf)):
+        wild[0, 18 * group + 8 + group % 2, 1, 1 + group % 3] = far
+        closed[0, 9 * group + 4, 1, 1 + group % 3] = 0
+    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
+    wild[0, 18 * 5 + 3, 2, 2] = math.nan
+    expected[0, :, 2, 2] = math.nan
+    assert_same(forward(kernels, case, [tensors[0], wild, *tensors[2:]]), expected)
+
+
+def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:
+    """Strides wider than the channels, aligned; a slice that begins off 16 bytes goes the generic way."""
+    case = TENSOR_CORE_CASES["18 steps, 64 outputs"]
+    tensors = case.tensors(torch.float16)
+    expected = forward(kernels, case, tensors)
+    for first, taken in ((16, True), (4, False)):
+        wide = torch.full((2, 96, 9, 8), math.nan, dtype=torch.float16)
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        wide[:, first : first + 64] = tensors[0]
+        sliced = [wide[:, first : first + 64], *tensors[1:]]
+        assert (packed_weight_bytes(kernels, case, sliced) > 0) == taken
+        if taken:
+            assert_same(forward(kernels, case, sliced), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 48, "offset_groups": 6},
+        {"channels": 32, "offset_groups": 8},
+        {"out_channels": 60},
+        {"groups": 2},
+        {"channels_last": False},
+        {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
+    ],
+    ids=str,
+)
+def test_not_for_tensor_cores(kernels: Kernels, change: dict[str, object]) -> None:
+    case = Case(2, 64, 64, (9, 8), offset_groups=8, channels_last=True)
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.bfloat16)) > 0
+    other = replace(case, **change)  # type: ignore[arg-type]
+    assert packed_weight_bytes(kernels, other, other.tensors(torch.bfloat16)) == 0
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float32)) == 0
 
 
 @all_cases
 def test_backward(kernels: Kernels, case: Case) -> None:
-    for dtype in dtypes_of(kernels):
-        check_backward(kernels, case, dtype, orders_of(kernels))
+    for order, dtype in zip((*ORDERS, "random"), DTYPES):
+        check_backward(kernels, case, dtype, (order,))
 
 
-@all_cases
+@some_cases
+@dtypes
 def test_deterministic_backward_has_the_same_bits_in_any_order(
-    kernels: Kernels, case: Case
+    kernels: Kernels, case: Case, dtype: torch.dtype
 ) -> None:
-    for dtype in dtypes_of(kernels):
-        check_backward(kernels, case, dtype, orders_of(kernels), deterministic=True)
+    check_backward(kernels, case, dtype, deterministic=True)
+
+
+@some_cases
+def test_accesses(checked: Kernels, case: Case) -> None:
+    """Races, bounds, uninitialised reads and unwritten outputs, which the checked build sees."""
+    check_forward(checked, case, torch.float32, ("random",))
+    check_backward(checked, case, torch.float32, ("random",))
+    check_backward(checked, case, torch.float16, ("random",), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["4 steps, 72 outputs, 129 pixels", "half offsets, float mask, 96 channels in 3"]
+)
+def test_accesses_on_tensor_cores(checked: Kernels, name: str) -> None:
+    check_forward(checked, TENSOR_CORE_CASES[name], torch.bfloat16, ("random",))
 
 
 @pytest.mark.parametrize("wanted", GRADS)
@@ -81,7 +192,7 @@ def test_weight_over_several_ranges_of_pixels(kernels: Kernels) -> None:
     """Ranges have at least 32 steps of 16 pixels: 2 x 35 steps make three, the middle one in both images."""
     case = Case(2, 2, 3, (28, 20), (1, 1), padding=(0, 0))
     for dtype in (torch.float32, torch.float64):
-        check_backward(kernels, case, dtype, orders_of(kernels))
+        check_backward(kernels, case, dtype, ORDERS[1:])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -200,7 +311,9 @@ def test_fixed_point_beside_a_huge_gradient(kernels: Kernels, dtype: torch.dtype
     tensors[3] = torch.ones_like(tensors[3])
     grad_output = random_grad(case, tensors)
     grad_output[0, 0, 3, 3] = 2.0**30
-    exact = backward(kernels, case, tensors, grad_output.double() if dtype == DOUBLE else grad_output)
+    exact = backward(
+        kernels, case, tensors, grad_output.double() if dtype == DOUBLE else grad_output
+    )
     actual = backward(kernels, case, tensors, grad_output, deterministic=True)
     exponent = 31 + 1 + 1  # of grad_output, of the weight 1 and of a mask that is not there
     shift = 61 - exponent - 6 + (30 if dtype == DOUBLE else 0)
@@ -213,9 +326,7 @@ def test_fixed_point_beside_a_huge_gradient(kernels: Kernels, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_fixed_point_follows_the_scale(
-    kernels: Kernels, dtype: torch.dtype, scale: float
-) -> None:
+def test_fixed_point_follows_the_scale(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
     """A power of two nearby scales every bit of grad_input."""
     case = CASES["offset groups straddle 3 groups"]
     tensors = case.tensors(dtype)

@@ -55,14 +55,27 @@ mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
 
 }  // namespace
 
-// mask and bias are optional.
+// mask and bias are optional; packed_weight, of as many bytes as packed_weight_bytes says, sends it
+// to the tensor cores.
 CUEMU_ENTRY(forward) {
   mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
   if (arguments.has("bias")) p.bias = arguments.in("bias").data;
   const Array output = arguments.out("output");
   p.output = output.data;
   copy_pixel_strides(output, p.output_stride);
+  if (arguments.has("packed_weight")) p.packed_weight = arguments.out("packed_weight").data;
   return mafnet::launch_modulated_deform_conv2d_forward(p, nullptr);
+}
+
+// sizes: bytes of packed_weight for these tensors.
+CUEMU_ENTRY(packed_weight_bytes) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  const Array output = arguments.in("output");
+  p.output = output.data;
+  copy_pixel_strides(output, p.output_stride);
+  *static_cast<int64_t*>(arguments.in_out("sizes").data) =
+      mafnet::modulated_deform_conv2d_packed_weight_bytes(p);
+  return 0;
 }
 
 // Every gradient is optional. grad_input are accumulators, zeroed; fixed_sums and exponents,
