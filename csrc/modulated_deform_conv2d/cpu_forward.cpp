@@ -1,0 +1,217 @@
+// modulated_deform_conv2d on the CPU, forward:
+// y(p) = bias + sum_k W_k * (mask_k(p) * x(p * stride - padding + k * dilation + offset_k(p))),
+// sampled bilinearly, zero outside.
+//
+// Output pixels go in blocks of one image, one task each. Of a block the samples of some 64 to 96
+// channels and taps are written side by side, columns[pixel][offset group][tap][channel]; a matrix
+// product with the packed weight follows and adds to the block's sums. No column buffer of the
+// image ever exists. All taps of an offset group come together, as they read the same few rows: with
+// taps outside and offset groups inside nearly every sample missed the first cache.
+//
+// For the same reason an image is first rewritten as [offset group][row][column][channel] in the
+// accumulators' type.
+#include <torch/csrc/stable/ops.h>
+
+#include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/plan.h"
+
+namespace mafnet {
+namespace {
+
+// Blocks that a task takes together: 16 x 96 pixels are a few rows.
+constexpr int kRun = 16;
+
+// How a forward pass is cut up, and its weight: a row of out channels for each column.
+template <typename A>
+struct Forward {
+  explicit Forward(const ModulatedDeformConv2dParams& p);
+
+  std::vector<Segment> segments;
+  std::vector<Chunk> chunks;
+  int block;  // pixels
+  int row;    // of columns
+  int out;    // out channels of a group, padded
+  Buffer<A> weight, bias;  // bias: [group][out]
+};
+
+template <typename A>
+Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
+    : segments(make_segments(p, p.channels)),
+      chunks(make_chunks(segments, p.taps())),
+      block(p.out_channels <= 128   ? kMaxBlock
+            : p.out_channels <= 256 ? kMaxBlock / 2
+                                    : kMaxBlock / 4),
+      row(kColumnPad),
+      out(round_up(p.group_outputs(), kColumnPad)),
+      weight(static_cast<size_t>(chunks.back().row + chunks.back().depth) * out),
+      bias(static_cast<size_t>(p.groups) * out) {
+  for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
+  with_dtype<A>(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* from = static_cast<const T*>(p.weight);
+    for_weights(p, segments, [&](int s, int column, int o, int64_t at) {
+      weight.data()[(segments[s].row + column) * out + o] = static_cast<A>(from[at]);
+    });
+    if (p.bias == nullptr) return;
+    for (int o = 0; o < p.out_channels; ++o) {
+      bias.data()[o / p.group_outputs() * out + o % p.group_outputs()] =
+          static_cast<A>(static_cast<const T*>(p.bias)[o]);
+    }
+  });
+}
+
+// An image as [offset group][row][column][channel, padded].
+template <typename A>
+struct Image {
+  explicit Image(const ModulatedDeformConv2dParams& p)
+      : column_stride(round_up(p.offset_group_channels(), kChannelPad)),
+        row_stride(int64_t{p.width} * column_stride),
+        group_stride(p.height * row_stride),
+        data(static_cast<size_t>(p.offset_groups * group_stride),
+             column_stride != p.offset_group_channels()) {}
+
+  int64_t column_stride, row_stride, group_stride;
+  Buffer<A> data;
+};
+
+template <typename A>
+MAFNET_INLINE Source<A> source_of(const Image<A>& image, int offset_group, int low) {
+  return {image.data.data() + offset_group * image.group_stride + low, image.row_stride,
+          image.column_stride};
+}
+
+template <typename A>
+void rewrite_image(const ModulatedDeformConv2dParams& p, int64_t n, Image<A>& image) {
+  torch::stable::parallel_for(0, p.height, 4, [&](int64_t begin, int64_t end) {
+    with_dtype<A>(p.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      for (int64_t y = begin; y < end; ++y) {
+        for (int64_t g = 0; g < p.offset_groups; ++g) {
+          const T* from = static_cast<const T*>(p.input) + n * p.input_stride[0] +
+                          g * p.offset_group_channels() * p.input_stride[1] +
+                          y * p.input_stride[2];
+          A* to = image.data.data() + g * image.group_stride + y * image.row_stride;
+          with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
+            gather_pixels(from, p.input_stride[3], p.input_stride[1], p.width,
+                          p.offset_group_channels(), to, image.column_stride);
+          });
+        }
+      }
+    });
+  });
+}
+
+// Buffers of one task.
+template <typename A>
+struct Scratch {
+  Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
+      : columns(static_cast<size_t>(f.block) * f.row),
+        sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
+        zeros(round_up(p.offset_group_channels(), kChannelPad)),
+        plan(1) {}
+  Buffer<A> columns, sums, zeros;
+  Buffer<Plan<A>> plan;
+};
+
+// columns[pixel] = the masked samples of one tap and segment.
+template <typename L, typename A>
+MAFNET_INLINE void sample(const ModulatedDeformConv2dParams& p, const Block& b,
+                          const Source<A>& source, const Plan<A>& plan, int channels_,
+                          const A* zeros, A* columns, int64_t row) {
+  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
+    for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
+      const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
+      const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
+      A* out = columns + i * row;
+      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
+        using V = typename decltype(type)::type;
+        store<V>(out + c, w0 * load<V>(at.at[0] + c) + w1 * load<V>(at.at[1] + c) +
+                              w2 * load<V>(at.at[2] + c) + w3 * load<V>(at.at[3] + c));
+      });
+    });
+  });
+}
+
+// The blocks first .. end of image n, chunk by chunk: what a chunk reads of the image, of the offsets
+// and of the weight stays in the caches from one block to the next.
+template <typename L, typename A>
+MAFNET_INLINE void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f,
+                                  int64_t n, int64_t first, int64_t end, const Image<A>& image,
+                                  Scratch<A>& scratch) {
+  Plan<A>& plan = *scratch.plan.data();
+  A* columns = scratch.columns.data();
+  const int64_t sums_size = int64_t{f.block} * f.out;
+  const auto sums_of = [&](int64_t block, int group) MAFNET_INLINE_LAMBDA {
+    return scratch.sums.data() + ((block - first) * p.groups + group) * sums_size;
+  };
+  for (int64_t block = first; block < end; ++block) {
+    for (int group = 0; group < p.groups; ++group) {
+      A* sums = sums_of(block, group);
+      for (int i = 0; i < f.block; ++i) std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
+    }
+  }
+  for (const Chunk& chunk : f.chunks) {
+    for (int64_t block = first; block < end; ++block) {
+      const Block b = block_of(p, n, block, f.block);
+      plan_block(p, b, plan);
+      int column = 0;
+      for (int index = chunk.segment; index < chunk.segment + chunk.segments; ++index) {
+        const Segment& s = f.segments[index];
+        const Source<A> source = source_of(image, s.offset_group, s.low);
+        for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
+          plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
+          sample<L>(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
+        }
+      }
+      multiply<L>(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
+                  chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
+    }
+  }
+  with_dtype<A>(p.dtype, [&](auto type) MAFNET_INLINE_LAMBDA {
+    using T = typename decltype(type)::type;
+    for (int64_t block = first; block < end; ++block) {
+      const Block b = block_of(p, n, block, f.block);
+      T* output = static_cast<T*>(p.output) + n * p.output_stride[0] + b.first * p.output_stride[2];
+      for (int group = 0; group < p.groups; ++group) {
+        scatter_pixels(sums_of(block, group), f.out, b.count, p.group_outputs(),
+                       output + group * p.group_outputs() * p.output_stride[1],
+                       p.output_stride[2], p.output_stride[1]);
+      }
+    }
+  });
+}
+
+template <typename A>
+void forward(const ModulatedDeformConv2dParams& p) {
+  const Forward<A> f(p);
+  Image<A> image(p);
+  const int64_t blocks = (p.pixels() + f.block - 1) / f.block;
+  for (int64_t n = 0; n < p.batch; ++n) {
+    rewrite_image(p, n, image);
+    // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
+    const int64_t run = std::clamp<int64_t>(blocks / (4 * torch::stable::get_num_threads()), 1, kRun);
+    torch::stable::parallel_for(0, (blocks + run - 1) / run, 1, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(p, f);
+      for (int64_t task = begin; task < end; ++task) {
+        with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+          forward_blocks<decltype(level)>(p, f, n, task * run, std::min(blocks, (task + 1) * run),
+                                          image, scratch);
+        });
+      }
+    });
+  }
+}
+
+}  // namespace
+
+int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p, void*) {
+  if (p.batch * p.pixels() == 0) return 0;
+  if (p.dtype == Dtype::kFloat64) {
+    forward<double>(p);
+  } else {
+    forward<float>(p);
+  }
+  return 0;
+}
+
+}  // namespace mafnet
