@@ -17,6 +17,7 @@
 #include <climits>
 
 #include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {
@@ -167,22 +168,18 @@ struct Task {
 
 // Rows of grad_output of a block, padded with zeros.
 template <typename A>
-MAFNET_INLINE void read_grad_output(const ModulatedDeformConv2dParams& p, const Block& b, int group,
-                                    A* grad, int64_t row) {
-  with_dtype<A>(p.dtype, [&](auto type) MAFNET_INLINE_LAMBDA {
-    using T = typename decltype(type)::type;
-    const T* from = static_cast<const T*>(p.grad_output) + b.n * p.grad_output_stride[0] +
-                    group * p.group_outputs() * p.grad_output_stride[1] +
-                    b.first * p.grad_output_stride[2];
-    gather_pixels(from, p.grad_output_stride[2], p.grad_output_stride[1], b.count,
-                  p.group_outputs(), grad, row);
-  });
+void read_grad_output(const ModulatedDeformConv2dParams& p, const Block& b, int group, A* grad,
+                      int64_t row) {
+  const int64_t first = b.n * p.grad_output_stride[0] + b.first * p.grad_output_stride[2] +
+                        int64_t{group} * p.group_outputs() * p.grad_output_stride[1];
+  gather_pixels({p.grad_output, p.dtype, first, p.grad_output_stride[2], p.grad_output_stride[1]},
+                b.count, p.group_outputs(), grad, row);
 }
 
 // The samples of one tap, and their corners' dots with grad_sample.
 template <typename L, typename A>
-MAFNET_INLINE void gather_tap(const ModulatedDeformConv2dParams& p, const Block& b,
-                              const Source<A>& source, const Plan<A>& plan, int channels_,
+MAFNET_INLINE void gather_tap_at_level(const ModulatedDeformConv2dParams& p, const Block b,
+                              const Source<A> source, const Plan<A>& plan, int channels_,
                               const A* zeros, const A* grad, int64_t grad_row, A* columns,
                               int64_t row, A (*dots)[4]) {
   with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
@@ -203,10 +200,20 @@ MAFNET_INLINE void gather_tap(const ModulatedDeformConv2dParams& p, const Block&
   });
 }
 
+template <typename A>
+void gather_tap(const ModulatedDeformConv2dParams& p, const Block& b,
+                              const Source<A>& source, const Plan<A>& plan, int channels,
+                              const A* zeros, const A* grad, int64_t grad_row, A* columns,
+                              int64_t row, A (*dots)[4]) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    gather_tap_at_level<decltype(level)>(p, b, source, plan, channels, zeros, grad, grad_row, columns, row, dots);
+  });
+}
+
 // grad_sample of one tap into the corners of grad_input that lie in the band. NaN weights send
 // nothing.
 template <typename L, typename A>
-MAFNET_INLINE void scatter_tap(const Task<A>& t, const Block& b, A* grad_input, int64_t row_stride,
+MAFNET_INLINE void scatter_tap_at_level(const Task<A> t, const Block b, A* grad_input, int64_t row_stride,
                                int64_t column_stride, const Plan<A>& plan, int channels_,
                                const A* grad, int64_t grad_row) {
   const int begin_row = t.band_begin(), end_row = t.band_end();
@@ -257,6 +264,15 @@ MAFNET_INLINE void scatter_tap(const Task<A>& t, const Block& b, A* grad_input, 
   });
 }
 
+template <typename A>
+void scatter_tap(const Task<A>& t, const Block& b, A* grad_input, int64_t row_stride,
+                               int64_t column_stride, const Plan<A>& plan, int channels,
+                               const A* grad, int64_t grad_row) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    scatter_tap_at_level<decltype(level)>(t, b, grad_input, row_stride, column_stride, plan, channels, grad, grad_row);
+  });
+}
+
 // grad[0..2] = of dy, dx and mask, from the dots of the corners. Those outside have dot 0, so that
 // the slopes of all cells are alike; at an integer that is the slope of the cell [n, n + 1).
 template <typename A>
@@ -273,29 +289,14 @@ MAFNET_INLINE void combine_dots(int count, const Plan<A>& plan, const A (*dots)[
 
 // ---- one block
 
-// The planes of grad_offset and grad_mask: dy, dx and mask of a tap of the task's offset group.
+// A plane of grad_offset (dy, dx) or grad_mask of a tap of the task's offset group, from a pixel on, as
+// one pixel whose channels lie side by side; null where it is not wanted.
 template <typename A>
-struct PlaneAt {
-  void* data;  // null: not wanted
-  Dtype dtype;
-  int64_t first;
-};
-
-template <typename A>
-PlaneAt<A> grad_plane(const Task<A>& t, int tap, int kind, int64_t pixel) {
+Elements<void*> grad_plane(const Task<A>& t, int tap, int kind, int64_t pixel) {
   const ModulatedDeformConv2dParams& p = t.p;
   const int64_t plane = (t.n * p.offset_groups + t.offset_group) * p.taps() + tap;
-  if (kind == 2) return {p.grad_mask, p.mask_dtype, plane * p.pixels() + pixel};
-  return {p.grad_offset, p.offset_dtype, (2 * plane + kind) * p.pixels() + pixel};
-}
-
-template <typename A>
-MAFNET_INLINE void write_plane(const PlaneAt<A>& to, const A* values, int64_t count) {
-  with_dtype<A>(to.dtype, [&](auto type) MAFNET_INLINE_LAMBDA {
-    using T = typename decltype(type)::type;
-    T* out = static_cast<T*>(to.data) + to.first;
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(values[i]);
-  });
+  if (kind == 2) return {p.grad_mask, p.mask_dtype, plane * p.pixels() + pixel, 0, 1};
+  return {p.grad_offset, p.offset_dtype, (2 * plane + kind) * p.pixels() + pixel, 0, 1};
 }
 
 // Where the sums of a plane over several segments begin; the owned pixels of a task follow each
@@ -311,8 +312,8 @@ struct Owned {
   bool summed;  // over several segments, before they are written
 };
 
-template <typename L, typename A>
-MAFNET_INLINE void backward_block(const Task<A>& t, int index, const Piece& piece,
+template <typename A>
+void backward_block(const Task<A>& t, int index, const Piece& piece,
                                   const Owned<A>& owned, const Source<A>& source, A* grad_input) {
   const ModulatedDeformConv2dParams& p = t.p;
   const Segment& s = t.f.segments[index];
@@ -323,7 +324,7 @@ MAFNET_INLINE void backward_block(const Task<A>& t, int index, const Piece& piec
   const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
   const bool mine = t.owns(piece);
   read_grad_output(p, b, s.group, scratch.grad_output.data(), t.f.out);
-  multiply<L>(Matrix<A>{scratch.grad_output.data(), t.f.out, 1},
+  multiply(Matrix<A>{scratch.grad_output.data(), t.f.out, 1},
               t.f.weight.data() + t.f.weight_at[index], grad_row, b.count, p.group_outputs(),
               grad_row, scratch.grad_columns.data(), grad_row, false);
   plan_block(p, b, plan);
@@ -331,27 +332,27 @@ MAFNET_INLINE void backward_block(const Task<A>& t, int index, const Piece& piec
     const A* grad = scratch.grad_columns.data() + k * s.stored;
     plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
     if (mine && t.needs_samples()) {
-      gather_tap<L>(p, b, source, plan, s.stored, scratch.zeros.data(), grad, grad_row,
+      gather_tap(p, b, source, plan, s.stored, scratch.zeros.data(), grad, grad_row,
                     scratch.columns.data() + k * s.stored, row, scratch.dots);
       combine_dots(b.count, plan, scratch.dots, scratch.grad);
       for (int kind = 0; kind < 3; ++kind) {
-        const PlaneAt<A> to = grad_plane(t, k, kind, b.first);
+        const Elements<void*> to = grad_plane(t, k, kind, b.first);
         if (to.data == nullptr) continue;
         if (owned.summed) {
           A* sum = summed_plane(t, k, kind, b.first - owned.first, owned.pixels);
           for (int i = 0; i < b.count; ++i) sum[i] += scratch.grad[kind][i];
         } else {
-          write_plane(to, scratch.grad[kind], b.count);
+          scatter_pixels(scratch.grad[kind], 0, 1, b.count, to);
         }
       }
     }
     if (p.grad_input != nullptr) {
-      scatter_tap<L>(t, b, grad_input, source.row_stride, source.column_stride, plan, s.stored,
+      scatter_tap(t, b, grad_input, source.row_stride, source.column_stride, plan, s.stored,
                      grad, grad_row);
     }
   }
   if (mine && p.grad_weight != nullptr) {
-    multiply<L>(Matrix<A>{scratch.columns.data(), 1, row}, scratch.grad_output.data(), t.f.out,
+    multiply(Matrix<A>{scratch.columns.data(), 1, row}, scratch.grad_output.data(), t.f.out,
                 columns, b.count, t.f.out, scratch.grad_weight.data(), t.f.out, true);
   }
   if (mine && p.grad_bias != nullptr && s.group_low == 0) {
@@ -374,18 +375,13 @@ void read_window(const Task<A>& t, const Segment& s, const RowRange& rows) {
   const int64_t row_stride = int64_t{p.width} * s.stored;
   t.scratch.window.resize((rows.high - rows.low) * row_stride, s.stored != s.channels);
   const int64_t channel = int64_t{s.offset_group} * p.offset_group_channels() + s.low;
-  with_dtype<A>(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T* image = static_cast<const T*>(p.input) + t.n * p.input_stride[0] +
-                     channel * p.input_stride[1];
-    with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
-      for (int y = rows.low; y < rows.high; ++y) {
-        gather_pixels(image + y * p.input_stride[2], p.input_stride[3], p.input_stride[1], p.width,
-                      s.channels, t.scratch.window.data() + (y - rows.low) * row_stride,
-                      int64_t{s.stored});
-      }
-    });
-  });
+  for (int64_t y = rows.low; y < rows.high; ++y) {
+    const int64_t first = t.n * p.input_stride[0] + channel * p.input_stride[1] +
+                          y * p.input_stride[2];
+    gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
+                  s.channels, t.scratch.window.data() + (y - rows.low) * row_stride,
+                  int64_t{s.stored});
+  }
 }
 
 template <typename A>
@@ -393,19 +389,13 @@ void write_grad_input(const Task<A>& t, const Segment& s) {
   const ModulatedDeformConv2dParams& p = t.p;
   const int64_t row_stride = int64_t{p.width} * s.stored;
   const int64_t channel = int64_t{s.offset_group} * p.offset_group_channels() + s.low;
-  with_dtype<A>(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* image = static_cast<T*>(p.grad_input) + t.n * p.grad_input_stride[0] +
-               channel * p.grad_input_stride[1];
-    with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
-      for (int y = t.band_begin(); y < t.band_end(); ++y) {
-        scatter_pixels(t.scratch.grad_window.data() + (y - t.band_begin()) * row_stride,
-                       int64_t{s.stored}, p.width, s.channels,
-                       image + int64_t{y} * p.width * p.grad_input_stride[2],
-                       p.grad_input_stride[2], p.grad_input_stride[1]);
-      }
-    });
-  });
+  for (int64_t y = t.band_begin(); y < t.band_end(); ++y) {
+    const int64_t first = t.n * p.grad_input_stride[0] + channel * p.grad_input_stride[1] +
+                          y * p.width * p.grad_input_stride[2];
+    scatter_pixels(t.scratch.grad_window.data() + (y - t.band_begin()) * row_stride,
+                   int64_t{s.stored}, p.width, s.channels,
+                   {p.grad_input, p.dtype, first, p.grad_input_stride[2], p.grad_input_stride[1]});
+  }
 }
 
 // Adds the task's grad_weight of a segment to its slot and begins anew.
@@ -451,9 +441,7 @@ void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
       if (slot >= 0) flush_grad_weight(t, index, slot);
       slot = piece.slot;
     }
-    with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-      backward_block<decltype(level)>(t, index, piece, owned, source, grad_input);
-    });
+    backward_block(t, index, piece, owned, source, grad_input);
   }
   if (slot >= 0) flush_grad_weight(t, index, slot);
   if (p.grad_input != nullptr) write_grad_input(t, s);
@@ -478,10 +466,9 @@ void backward_task(const Task<A>& t) {
   }
   for (int k = 0; k < p.taps() && owned.summed; ++k) {
     for (int kind = 0; kind < 3; ++kind) {
-      const PlaneAt<A> to = grad_plane(t, k, kind, owned.first);
-      if (to.data != nullptr) {
-        write_plane(to, summed_plane(t, k, kind, 0, owned.pixels), owned.pixels);
-      }
+      const Elements<void*> to = grad_plane(t, k, kind, owned.first);
+      const A* sum = summed_plane(t, k, kind, 0, owned.pixels);
+      if (to.data != nullptr) scatter_pixels(sum, 0, 1, static_cast<int>(owned.pixels), to);
     }
   }
 }
@@ -499,17 +486,15 @@ void find_ranges(const ModulatedDeformConv2dParams& p, const Backward<A>& f, int
       const Piece& piece = f.pieces[task % count];
       const Block b{n, piece.first, piece.count};
       int low = p.height, high = 0;
-      with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
-        plan_block(p, b, *plan.data());
-        for (int k = 0; k < p.taps(); ++k) {
-          const int plane = static_cast<int>(task / count) * p.taps() + k;
-          plan_tap(p, b, Source<A>{nullptr, 0, 0}, plane, *plan.data());
-          for (int i = 0; i < b.count; ++i) {
-            low = std::min(low, plan.data()->y[i]);
-            high = std::max(high, plan.data()->y[i] + 2);
-          }
+      plan_block(p, b, *plan.data());
+      for (int k = 0; k < p.taps(); ++k) {
+        const int plane = static_cast<int>(task / count) * p.taps() + k;
+        plan_tap(p, b, Source<A>{nullptr, 0, 0}, plane, *plan.data());
+        for (int i = 0; i < b.count; ++i) {
+          low = std::min(low, plan.data()->y[i]);
+          high = std::max(high, plan.data()->y[i] + 2);
         }
-      });
+      }
       low = std::clamp(low, 0, p.height);
       ranges[task] = {low, std::clamp(high, low, p.height)};
     }

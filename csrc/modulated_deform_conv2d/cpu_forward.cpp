@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {
@@ -83,21 +84,16 @@ MAFNET_INLINE Source<A> source_of(const Image<A>& image, int offset_group, int l
 template <typename A>
 void rewrite_image(const ModulatedDeformConv2dParams& p, int64_t n, Image<A>& image) {
   torch::stable::parallel_for(0, p.height, 4, [&](int64_t begin, int64_t end) {
-    with_dtype<A>(p.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      for (int64_t y = begin; y < end; ++y) {
-        for (int64_t g = 0; g < p.offset_groups; ++g) {
-          const T* from = static_cast<const T*>(p.input) + n * p.input_stride[0] +
-                          g * p.offset_group_channels() * p.input_stride[1] +
-                          y * p.input_stride[2];
-          A* to = image.data.data() + g * image.group_stride + y * image.row_stride;
-          with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
-            gather_pixels(from, p.input_stride[3], p.input_stride[1], p.width,
-                          p.offset_group_channels(), to, image.column_stride);
-          });
-        }
+    for (int64_t y = begin; y < end; ++y) {
+      for (int64_t g = 0; g < p.offset_groups; ++g) {
+        const int64_t first = n * p.input_stride[0] + y * p.input_stride[2] +
+                              g * p.offset_group_channels() * p.input_stride[1];
+        gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
+                      p.offset_group_channels(),
+                      image.data.data() + g * image.group_stride + y * image.row_stride,
+                      image.column_stride);
       }
-    });
+    }
   });
 }
 
@@ -115,9 +111,9 @@ struct Scratch {
 
 // columns[pixel] = the masked samples of one tap and segment.
 template <typename L, typename A>
-MAFNET_INLINE void sample(const ModulatedDeformConv2dParams& p, const Block& b,
-                          const Source<A>& source, const Plan<A>& plan, int channels_,
-                          const A* zeros, A* columns, int64_t row) {
+MAFNET_INLINE void sample_at_level(const ModulatedDeformConv2dParams& p, const Block b,
+                                   const Source<A> source, const Plan<A>& plan, int channels_,
+                                   const A* zeros, A* columns, int64_t row) {
   with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
     for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
       const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
@@ -132,16 +128,23 @@ MAFNET_INLINE void sample(const ModulatedDeformConv2dParams& p, const Block& b,
   });
 }
 
+template <typename A>
+void sample(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
+            const Plan<A>& plan, int channels, const A* zeros, A* columns, int64_t row) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    sample_at_level<decltype(level)>(p, b, source, plan, channels, zeros, columns, row);
+  });
+}
+
 // The blocks first .. end of image n, chunk by chunk: what a chunk reads of the image, of the offsets
 // and of the weight stays in the caches from one block to the next.
-template <typename L, typename A>
-MAFNET_INLINE void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f,
-                                  int64_t n, int64_t first, int64_t end, const Image<A>& image,
-                                  Scratch<A>& scratch) {
+template <typename A>
+void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, int64_t n,
+                    int64_t first, int64_t end, const Image<A>& image, Scratch<A>& scratch) {
   Plan<A>& plan = *scratch.plan.data();
   A* columns = scratch.columns.data();
   const int64_t sums_size = int64_t{f.block} * f.out;
-  const auto sums_of = [&](int64_t block, int group) MAFNET_INLINE_LAMBDA {
+  const auto sums_of = [&](int64_t block, int group) {
     return scratch.sums.data() + ((block - first) * p.groups + group) * sums_size;
   };
   for (int64_t block = first; block < end; ++block) {
@@ -160,25 +163,22 @@ MAFNET_INLINE void forward_blocks(const ModulatedDeformConv2dParams& p, const Fo
         const Source<A> source = source_of(image, s.offset_group, s.low);
         for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
           plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
-          sample<L>(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
+          sample(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
         }
       }
-      multiply<L>(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
+      multiply(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
                   chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
     }
   }
-  with_dtype<A>(p.dtype, [&](auto type) MAFNET_INLINE_LAMBDA {
-    using T = typename decltype(type)::type;
-    for (int64_t block = first; block < end; ++block) {
-      const Block b = block_of(p, n, block, f.block);
-      T* output = static_cast<T*>(p.output) + n * p.output_stride[0] + b.first * p.output_stride[2];
-      for (int group = 0; group < p.groups; ++group) {
-        scatter_pixels(sums_of(block, group), f.out, b.count, p.group_outputs(),
-                       output + group * p.group_outputs() * p.output_stride[1],
-                       p.output_stride[2], p.output_stride[1]);
-      }
+  for (int64_t block = first; block < end; ++block) {
+    const Block b = block_of(p, n, block, f.block);
+    for (int group = 0; group < p.groups; ++group) {
+      const int64_t at = n * p.output_stride[0] + b.first * p.output_stride[2] +
+                         int64_t{group} * p.group_outputs() * p.output_stride[1];
+      scatter_pixels(sums_of(block, group), f.out, b.count, p.group_outputs(),
+                     {p.output, p.dtype, at, p.output_stride[2], p.output_stride[1]});
     }
-  });
+  }
 }
 
 template <typename A>
@@ -193,10 +193,7 @@ void forward(const ModulatedDeformConv2dParams& p) {
     torch::stable::parallel_for(0, (blocks + run - 1) / run, 1, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(p, f);
       for (int64_t task = begin; task < end; ++task) {
-        with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-          forward_blocks<decltype(level)>(p, f, n, task * run, std::min(blocks, (task + 1) * run),
-                                          image, scratch);
-        });
+        forward_blocks(p, f, n, task * run, std::min(blocks, (task + 1) * run), image, scratch);
       }
     });
   }

@@ -8,7 +8,7 @@
 
 #include "modulated_deform_conv2d/gemm.h"
 #include "modulated_deform_conv2d/params.h"
-#include "modulated_deform_conv2d/pixels.h"
+#include "modulated_deform_conv2d/vectors.h"
 
 namespace mafnet {
 
