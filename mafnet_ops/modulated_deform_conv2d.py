@@ -43,26 +43,29 @@ def modulated_deform_conv2d(
     Args:
         input: (N, C, H, W), floating point, any strides.
         offset: (N, 2 * G * K, H_out, W_out) with K = kernel_h * kernel_w taps and G offset groups, in input
-            pixels. Channel ``2 * (g * K + k)`` is dy and the next one dx, as in torchvision and mmcv. fp32 offsets go
-            with any input dtype; coordinates are always computed in fp32 (fp64 for double).
+            pixels. Channel ``2 * (g * K + k)`` is dy and the next one dx, as in torchvision and mmcv. Its dtype, like
+            that of mask, is that of ``input``, a lower one, or fp32; coordinates are computed in fp32 (fp64 for
+            double).
         mask: (N, G * K, H_out, W_out), or None for plain deformable convolution (v1).
         weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of ``input``. ``groups`` follows from the shapes.
         bias: (C_out,) or None.
         stride, padding, dilation: ints or pairs (vertical, horizontal).
 
     Returns:
-        (N, C_out, H_out, W_out) in the dtype of ``input``.
+        (N, C_out, H_out, W_out) in the dtype of ``input``, channels_last where ``input`` is.
 
-    Gradients flow to input, offset, mask, weight and bias; in fp64 they are differentiable again, in lower
-    precision the compiled kernel refuses a second derivative with a ``RuntimeError``. At an integer
-    coordinate the gradient with respect to the offset is the right-hand one (of the cell [n, n + 1)).
+    Gradients flow to input, offset, mask, weight and bias, any number of times (compiled code: once); forward
+    mode, ``torch.func`` and vmap work. Second derivatives and forward mode go through PyTorch code in fp64. At an
+    integer coordinate the gradient with respect to the offset is the right-hand one (of the cell [n, n + 1)).
+    On the CPU all gradients have the same bits on every run and with any number of threads.
 
-    A NaN offset gives NaN; an infinite or far one samples zero. Under autocast features and weight run in
-    autocast's dtype, offset and mask keep theirs.
+    A NaN offset gives NaN; an infinite or far one samples exactly zero, whatever the edge of the image holds. Under
+    autocast features and weight run in autocast's dtype, offset and mask keep theirs.
 
     Raises:
         ValueError: a shape, stride, padding, dilation or device that does not fit.
-        TypeError: a dtype that is not floating point, or weight or bias in another dtype than input.
+        TypeError: a dtype that is not floating point, weight or bias in another dtype than input, or fp64 offset or
+            mask beside an input of lower precision, which would be rounded silently.
     """
     low = autocast_dtype(input.device) if isinstance(input, Tensor) else None
     if low is not None and input.dtype != torch.float64:
@@ -89,7 +92,9 @@ def _coordinates(argument: str, value: Tensor, input: Tensor) -> Tensor:
     if value.dtype in (input.dtype, compute):
         return value
     if value.dtype == torch.float64:
-        raise TypeError(f"{_OP}: {argument}: expected dtype {input.dtype} or float32, got {value.dtype}")
+        raise TypeError(
+            f"{_OP}: {argument}: expected dtype {input.dtype} or float32, got {value.dtype}"
+        )
     return value.to(compute)  # loses nothing
 
 
@@ -220,7 +225,12 @@ def _(
 
 @register_flop_formula(torch.ops.mafnet_ops.modulated_deform_conv2d_forward)
 def _flops(
-    input_shape: Any, offset_shape: Any, mask_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any
+    input_shape: Any,
+    offset_shape: Any,
+    mask_shape: Any,
+    weight_shape: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """The matrix product, and eight operations per sample and channel; positions are not counted."""
     out_channels, group_channels, kernel_h, kernel_w = weight_shape
@@ -263,7 +273,9 @@ class _ModulatedDeformConv2d(torch.autograd.Function):
         input, offset, mask, weight, _ = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[:5])
         # Dynamo cannot nest Functions here; it differentiates once.
-        function = _backward if torch.compiler.is_compiling() else _ModulatedDeformConv2dBackward.apply
+        function = (
+            _backward if torch.compiler.is_compiling() else _ModulatedDeformConv2dBackward.apply
+        )
         grads = function(grad, input, offset, mask, weight, ctx.geometry, needs)
         return (*(g if need else None for g, need in zip(grads, needs)), None)
 
@@ -359,15 +371,16 @@ def _present(
 
 
 def _reference(present: list[bool], geometry: _Geometry) -> Any:
-    """The definition as a differentiable function of the tensors that are there."""
+    """The definition as a function of the tensors that are there, in fp64: differentiable any number of times."""
 
     def function(*tensors: Tensor) -> Tensor:
-        values = iter(tensors)
+        values = iter(t.double() for t in tensors)
         input, offset, mask, weight, bias = (next(values) if there else None for there in present)
         assert input is not None and offset is not None and weight is not None
-        return reference.modulated_deform_conv2d(
+        out = reference.modulated_deform_conv2d(
             input, offset, mask, weight, bias, geometry[:2], geometry[2:4], geometry[4:]
         )
+        return out.to(tensors[0].dtype)
 
     return function
 

@@ -37,10 +37,6 @@ struct Piece {
   int count, slot;
 };
 
-struct RowRange {
-  int low, high;  // rows of input that are touched: low <= row < high
-};
-
 template <typename A>
 struct Backward {
   explicit Backward(const ModulatedDeformConv2dParams& p);
@@ -485,18 +481,7 @@ void find_ranges(const ModulatedDeformConv2dParams& p, const Backward<A>& f, int
     for (int64_t task = begin; task < end; ++task) {
       const Piece& piece = f.pieces[task % count];
       const Block b{n, piece.first, piece.count};
-      int low = p.height, high = 0;
-      plan_block(p, b, *plan.data());
-      for (int k = 0; k < p.taps(); ++k) {
-        const int plane = static_cast<int>(task / count) * p.taps() + k;
-        plan_tap(p, b, Source<A>{nullptr, 0, 0}, plane, *plan.data());
-        for (int i = 0; i < b.count; ++i) {
-          low = std::min(low, plan.data()->y[i]);
-          high = std::max(high, plan.data()->y[i] + 2);
-        }
-      }
-      low = std::clamp(low, 0, p.height);
-      ranges[task] = {low, std::clamp(high, low, p.height)};
+      ranges[task] = touched_rows(p, b, static_cast<int>(task / count), *plan.data());
     }
   });
 }

@@ -8,8 +8,9 @@
 // image ever exists. All taps of an offset group come together, as they read the same few rows: with
 // taps outside and offset groups inside nearly every sample missed the first cache.
 //
-// For the same reason an image is first rewritten as [offset group][row][column][channel] in the
-// accumulators' type.
+// For the same reason the input is first rewritten as [offset group][row][column][channel] in the
+// accumulators' type: small images whole, large ones in bands of output rows, each with the rows of
+// input that its samples touch, so that the memory is bounded.
 #include <torch/csrc/stable/ops.h>
 
 #include "modulated_deform_conv2d/cut.h"
@@ -21,6 +22,9 @@ namespace {
 
 // Blocks that a task takes together: 16 x 96 pixels are a few rows.
 constexpr int kRun = 16;
+
+// Of rewritten input; more only where offsets are wild in a large image.
+constexpr int64_t kWindowBytes = 32 << 20;
 
 // How a forward pass is cut up, and its weight: a row of out channels for each column.
 template <typename A>
@@ -61,37 +65,44 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
   });
 }
 
-// An image as [offset group][row][column][channel, padded].
+// Rows of an image as [offset group][row][column][channel], padded.
 template <typename A>
-struct Image {
-  explicit Image(const ModulatedDeformConv2dParams& p)
+struct Window {
+  explicit Window(const ModulatedDeformConv2dParams& p)
       : column_stride(round_up(p.offset_group_channels(), kChannelPad)),
         row_stride(int64_t{p.width} * column_stride),
-        group_stride(p.height * row_stride),
-        data(static_cast<size_t>(p.offset_groups * group_stride),
-             column_stride != p.offset_group_channels()) {}
+        rows{0, 0},
+        data(0) {}
 
-  int64_t column_stride, row_stride, group_stride;
+  int64_t column_stride, row_stride;
+  RowRange rows;
   Buffer<A> data;
 };
 
 template <typename A>
-MAFNET_INLINE Source<A> source_of(const Image<A>& image, int offset_group, int low) {
-  return {image.data.data() + offset_group * image.group_stride + low, image.row_stride,
-          image.column_stride};
+Source<A> source_of(const Window<A>& window, int offset_group, int low) {
+  const int64_t rows = window.rows.high - window.rows.low;
+  // As if it began at row 0 of the image.
+  const A* data = window.data.data() + (offset_group * rows - window.rows.low) * window.row_stride;
+  return {data + low, window.row_stride, window.column_stride};
 }
 
 template <typename A>
-void rewrite_image(const ModulatedDeformConv2dParams& p, int64_t n, Image<A>& image) {
-  torch::stable::parallel_for(0, p.height, 4, [&](int64_t begin, int64_t end) {
+void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange& rows,
+                 Window<A>& window) {
+  const int64_t count = rows.high - rows.low;
+  window.rows = rows;
+  window.data.resize(p.offset_groups * count * window.row_stride,
+                     window.column_stride != p.offset_group_channels());
+  torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t g = 0; g < p.offset_groups; ++g) {
-        const int64_t first = n * p.input_stride[0] + y * p.input_stride[2] +
+        const int64_t first = n * p.input_stride[0] + (rows.low + y) * p.input_stride[2] +
                               g * p.offset_group_channels() * p.input_stride[1];
         gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
                       p.offset_group_channels(),
-                      image.data.data() + g * image.group_stride + y * image.row_stride,
-                      image.column_stride);
+                      window.data.data() + (g * count + y) * window.row_stride,
+                      window.column_stride);
       }
     }
   });
@@ -136,31 +147,36 @@ void sample(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A
   });
 }
 
-// The blocks first .. end of image n, chunk by chunk: what a chunk reads of the image, of the offsets
+// The output pixels first .. end of image n, kRun blocks at most, chunk by chunk: what a chunk reads of the image, of the offsets
 // and of the weight stays in the caches from one block to the next.
 template <typename A>
 void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, int64_t n,
-                    int64_t first, int64_t end, const Image<A>& image, Scratch<A>& scratch) {
+                    int64_t first, int64_t end, const Window<A>& window, Scratch<A>& scratch) {
   Plan<A>& plan = *scratch.plan.data();
   A* columns = scratch.columns.data();
   const int64_t sums_size = int64_t{f.block} * f.out;
   const auto sums_of = [&](int64_t block, int group) {
-    return scratch.sums.data() + ((block - first) * p.groups + group) * sums_size;
+    return scratch.sums.data() + (block * p.groups + group) * sums_size;
   };
-  for (int64_t block = first; block < end; ++block) {
+  const int64_t blocks = (end - first + f.block - 1) / f.block;
+  const auto block_of = [&](int64_t block) {
+    const int64_t begin = first + block * f.block;
+    return Block{n, begin, static_cast<int>(std::min<int64_t>(f.block, end - begin))};
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
     for (int group = 0; group < p.groups; ++group) {
       A* sums = sums_of(block, group);
       for (int i = 0; i < f.block; ++i) std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
     }
   }
   for (const Chunk& chunk : f.chunks) {
-    for (int64_t block = first; block < end; ++block) {
-      const Block b = block_of(p, n, block, f.block);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Block b = block_of(block);
       plan_block(p, b, plan);
       int column = 0;
       for (int index = chunk.segment; index < chunk.segment + chunk.segments; ++index) {
         const Segment& s = f.segments[index];
-        const Source<A> source = source_of(image, s.offset_group, s.low);
+        const Source<A> source = source_of(window, s.offset_group, s.low);
         for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
           plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
           sample(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
@@ -170,8 +186,8 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
                   chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
     }
   }
-  for (int64_t block = first; block < end; ++block) {
-    const Block b = block_of(p, n, block, f.block);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Block b = block_of(block);
     for (int group = 0; group < p.groups; ++group) {
       const int64_t at = n * p.output_stride[0] + b.first * p.output_stride[2] +
                          int64_t{group} * p.group_outputs() * p.output_stride[1];
@@ -181,21 +197,59 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
   }
 }
 
+// The rows of input that some output rows touch.
+template <typename A>
+RowRange touched_rows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t row, int64_t end) {
+  std::vector<RowRange> ranges(static_cast<size_t>((end - row) * p.offset_groups));
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(ranges.size()), 4, [&](int64_t begin, int64_t stop) {
+        Buffer<Plan<A>> plan(1);
+        for (int64_t i = begin; i < stop; ++i) {
+          RowRange all{p.height, 0};
+          for (int x = 0; x < p.out_width; x += kMaxBlock) {
+            const Block b{n, (row + i / p.offset_groups) * p.out_width + x,
+                          std::min(kMaxBlock, p.out_width - x)};
+            const int g = static_cast<int>(i % p.offset_groups);
+            const RowRange range = touched_rows(p, b, g, *plan.data());
+            all = {std::min(all.low, range.low), std::max(all.high, range.high)};
+          }
+          ranges[i] = all;
+        }
+      });
+  RowRange all{p.height, 0};
+  for (const RowRange& r : ranges) all = {std::min(all.low, r.low), std::max(all.high, r.high)};
+  return {std::min(all.low, all.high), all.high};
+}
+
 template <typename A>
 void forward(const ModulatedDeformConv2dParams& p) {
   const Forward<A> f(p);
-  Image<A> image(p);
-  const int64_t blocks = (p.pixels() + f.block - 1) / f.block;
+  Window<A> window(p);
+  const int64_t row_bytes = p.offset_groups * window.row_stride * sizeof(A);
+  const bool whole = p.height * row_bytes <= kWindowBytes;
+  // Half of the window for the rows right below a band, half for taps and offsets.
+  const int64_t band =
+      whole ? p.out_height : std::max<int64_t>(kWindowBytes / 2 / row_bytes / p.stride_h, 1);
   for (int64_t n = 0; n < p.batch; ++n) {
-    rewrite_image(p, n, image);
-    // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
-    const int64_t run = std::clamp<int64_t>(blocks / (4 * torch::stable::get_num_threads()), 1, kRun);
-    torch::stable::parallel_for(0, (blocks + run - 1) / run, 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(p, f);
-      for (int64_t task = begin; task < end; ++task) {
-        forward_blocks(p, f, n, task * run, std::min(blocks, (task + 1) * run), image, scratch);
-      }
-    });
+    for (int64_t row = 0; row < p.out_height; row += band) {
+      const int64_t end_row = std::min<int64_t>(p.out_height, row + band);
+      const RowRange rows =
+          whole ? RowRange{0, p.height} : touched_rows<A>(p, n, row, end_row);
+      read_window(p, n, rows, window);
+      const int64_t first = row * p.out_width, end = end_row * p.out_width;
+      const int64_t blocks = (end - first + f.block - 1) / f.block;
+      // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
+      const int64_t run =
+          f.block * std::clamp<int64_t>(blocks / (4 * torch::stable::get_num_threads()), 1, kRun);
+      torch::stable::parallel_for(0, (end - first + run - 1) / run, 1, [&](int64_t begin,
+                                                                           int64_t stop) {
+        Scratch<A> scratch(p, f);
+        for (int64_t task = begin; task < stop; ++task) {
+          forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
+                         window, scratch);
+        }
+      });
+    }
   }
 }
 

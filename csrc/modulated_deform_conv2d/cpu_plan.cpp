@@ -135,11 +135,32 @@ void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source
   });
 }
 
+template <typename A>
+RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int offset_group,
+                      Plan<A>& plan) {
+  int low = p.height, high = -1;  // of the upper rows of the cells
+  plan_block(p, b, plan);
+  for (int k = 0; k < p.taps(); ++k) {
+    plan_tap(p, b, Source<A>{nullptr, 0, 0}, offset_group * p.taps() + k, plan);
+    for (int i = 0; i < b.count; ++i) {
+      const bool used = plan.y[i] >= -1 && plan.y[i] < p.height && plan.x[i] >= -1 &&
+                        plan.x[i] < p.width;
+      low = std::min(low, used ? plan.y[i] : p.height);
+      high = std::max(high, used ? plan.y[i] : -1);
+    }
+  }
+  low = std::max(low, 0);
+  return {low, std::clamp(high + 2, low, std::max(low, p.height))};
+}
+
 template void plan_block(const ModulatedDeformConv2dParams&, const Block&, Plan<float>&);
 template void plan_block(const ModulatedDeformConv2dParams&, const Block&, Plan<double>&);
 template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, const Source<float>&, int,
                        Plan<float>&);
 template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, const Source<double>&, int,
                        Plan<double>&);
+template RowRange touched_rows(const ModulatedDeformConv2dParams&, const Block&, int, Plan<float>&);
+template RowRange touched_rows(const ModulatedDeformConv2dParams&, const Block&, int,
+                               Plan<double>&);
 
 }  // namespace mafnet

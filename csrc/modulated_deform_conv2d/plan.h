@@ -26,10 +26,10 @@ struct Block {
   int count;
 };
 
-MAFNET_INLINE Block block_of(const ModulatedDeformConv2dParams& p, int64_t n, int64_t index,
-                             int size) {
-  return {n, index * size, static_cast<int>(std::min<int64_t>(size, p.pixels() - index * size))};
-}
+// Rows of input: low <= row < high.
+struct RowRange {
+  int low, high;
+};
 
 // The channels of one offset group of one image as [row][column][channel].
 template <typename A>
@@ -58,6 +58,12 @@ void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& p
 template <typename A>
 void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
               int plane, Plan<A>& plan);
+
+// The rows that the samples of a block read, of all taps of an offset group; what lies outside the
+// image reads none.
+template <typename A>
+RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int offset_group,
+                      Plan<A>& plan);
 
 // The four corners of a sample, or zeros.
 template <typename A>
