@@ -612,11 +612,11 @@ def test_outside_contributes_zero_beside_a_poisoned_edge(dtype: torch.dtype, poi
     weight = torch.ones(1, 8, 1, 1, dtype=dtype)
     for dy, dx in (
         (50, 0),
-        (-50, 0),
+        (-7, 0),
         (0, 50),
-        (0, -50),
+        (0, -41),
         (1e9, -math.inf),
-        (-5, 0),
+        (-6, 0),
         (5, 0),
         (0, 40),
     ):
@@ -666,6 +666,8 @@ def test_gradient_beyond_the_band(memory_format: torch.memory_format) -> None:
     tensors = case.tensors(torch.float32, reach=9)
     tensors[0] = tensors[0].contiguous(memory_format=memory_format)
     tensors[1][0, 0, 200] = -150
+    # In sixteenths and off the integers, where the gradient jumps, coordinates are exact in fp32.
+    tensors[1] = (8 * tensors[1]).floor() / 8 + 1 / 16
     grads = gradients(deform, tensors, case.geometry)
     baseline = gradients(by_torch, tensors, case.geometry)
     exact = gradients(by_torch, double(tensors), case.geometry)
