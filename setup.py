@@ -162,7 +162,7 @@ def extensions() -> list[Extension]:
     """What can be built here; where nothing can, that is said loudly or is an error."""
     reason = why_no_extension()
     if reason is None:
-        libraries = [extension("_C", "cpu.cpp")]
+        libraries = [extension("_C", "cpu*.cpp")]
         return libraries if why_no_cuda() else [*libraries, extension("_C_cuda", "*.cu")]
     if os.environ.get("MAFNET_REQUIRE_EXT") == "1":
         raise SystemExit(f"mafnet: MAFNET_REQUIRE_EXT=1, but {reason}")
