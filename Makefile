@@ -6,7 +6,7 @@ VENV := build/venv
 BIN := $(VENV)/bin
 PYTHON_FILES := setup.py mafnet_ops mafnet tests $(wildcard benchmarks)
 NATIVE_FILES := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_FILES))
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_FILES) $(shell find tests -type f))
 
 .PHONY: test lint format build kernels demo clean
 .DELETE_ON_ERROR:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -52,6 +53,9 @@ class CompileError(Exception):
     """The compiler refused; its words."""
 
 
+Part = tuple[Path, tuple[str, ...], tuple[Path, ...]]  # source, flags, include folders
+
+
 @dataclass(frozen=True)
 class Library:
     """What one Python module is made of."""
@@ -65,6 +69,8 @@ class Library:
 
 def why_not() -> str | None:
     """The reason nothing can be built here, or None."""
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     if not shutil.which(compiler()[0]):
         return f"no C++ compiler: {compiler()[0]}"
     version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
@@ -141,20 +147,27 @@ def _object(source: Path, flags: Sequence[str], folders: Sequence[Path]) -> Path
     return target
 
 
-def _parts(library: Library) -> list[tuple[Path, tuple[str, ...], tuple[Path, ...]]]:
-    """(source, flags, include folders) of every object of the library."""
-    own = (SOURCES,)
-    project = (SOURCES, library.csrc)
-    defines = tuple(f"-D{name}" for name in library.defines)
-    kernel_flags = (*KERNEL_FLAGS, *(CHECKED_FLAGS if library.checked else FAST_FLAGS), *defines)
+def _parts(library: Library) -> list[Part]:
+    """What every object of the library is made of."""
+    own: tuple[Path, ...] = (SOURCES,)
+    project: tuple[Path, ...] = (SOURCES, library.csrc)
+    kernel_flags = (*KERNEL_FLAGS, *(CHECKED_FLAGS if library.checked else FAST_FLAGS))
     left_out = {"checker_off.cpp"} if library.checked else {"checker.cpp", "sanitizer.cpp"}
     runtime = sorted(p for p in SOURCES.glob("*.cpp") if p.name not in left_out)
     harness = SOURCES / "harness.cpp"
-    parts = [(harness, (*COMMON_FLAGS, "-O1", *_python_flags()), own)]  # the longest first
+    parts: list[Part] = [(harness, (*COMMON_FLAGS, "-O1", *_python_flags()), own)]  # longest first
     parts += [(path, kernel_flags, project) for path in library.kernels]
     parts += [(path, RUNTIME_FLAGS, project) for path in library.bindings]
     parts += [(path, RUNTIME_FLAGS, own) for path in runtime if path != harness]
-    return parts
+    return [_defined(library, *part) for part in parts]
+
+
+def _defined(
+    library: Library, source: Path, flags: tuple[str, ...], folders: tuple[Path, ...]
+) -> Part:
+    """With the macros that the source names: the others cannot change its object."""
+    text = source.read_text() if library.defines else ""
+    return source, (*flags, *(f"-D{name}" for name in library.defines if name in text)), folders
 
 
 def build(libraries: Sequence[Library]) -> list[Path]:
@@ -168,9 +181,7 @@ def build(libraries: Sequence[Library]) -> list[Path]:
             return list(pool.map(lambda library: _link(library, objects), libraries))
 
 
-def _link(
-    library: Library, objects: dict[tuple[Path, tuple[str, ...], tuple[Path, ...]], Path]
-) -> Path:
+def _link(library: Library, objects: dict[Part, Path]) -> Path:
     inputs = [str(objects[part]) for part in _parts(library)]
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]
     target = BUILD / f"{library.kernels[0].stem}-{key}" / "kernels.so"

@@ -10,16 +10,15 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from cuda_on_cpu.build import CSRC, HERE, Library, build, remove_unused, why_not
 from torch import Tensor
-
-from cuda_on_cpu.build import CSRC, HERE, Library, build, why_not
 
 ORDERS = ("forward", "reverse", "random")
 SHARED_LIMIT_SM90 = 227 << 10
@@ -73,6 +72,7 @@ class Kernels:
         loader.exec_module(self._module)
         self.entries: tuple[str, ...] = tuple(self._module.entries())
         self.checked: bool = self._module.is_checked
+        self.timeout = 60.0  # seconds of wall clock for one call
 
     def run(
         self,
@@ -81,7 +81,7 @@ class Kernels:
         *,
         order: str = "forward",
         seed: int = 0,
-        timeout: float = 60.0,
+        timeout: float | None = None,
         shared_limit: int = SHARED_LIMIT_SM90,
         **arguments: Tensor | np.ndarray | float,
     ) -> Report:
@@ -94,7 +94,9 @@ class Kernels:
             k: as_array(v) for k, v in arguments.items() if isinstance(v, (Tensor, np.ndarray))
         }
         numbers = {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float))}
-        self._module.configure(order=order, seed=seed, timeout=timeout, shared_limit=shared_limit)
+        self._module.configure(
+            order=order, seed=seed, timeout=timeout or self.timeout, shared_limit=shared_limit
+        )
         status, findings = self._module.run(entry, arrays, numbers)
         return Report(status, tuple(Finding(*finding) for finding in findings))
 
@@ -105,14 +107,15 @@ def op_library(op: str, checked: bool, csrc: Path = CSRC) -> Library:
     return Library(kernels, checked, (HERE / "bindings" / f"{op}.cpp",), csrc=csrc)
 
 
-def kernel_library(name: str, checked: bool, defines: Sequence[str] = ()) -> Library:
+def kernel_library(name: str, checked: bool) -> Library:
     """kernels/<name>.cu, a kernel of these tests that holds its own binding."""
-    return Library((HERE / "kernels" / f"{name}.cu",), checked, defines=tuple(defines))
+    return Library((HERE / "kernels" / f"{name}.cu",), checked)
 
 
 @functools.cache
 def load(library: Library) -> Kernels:
     """Builds and loads a library, once per process."""
+    remove_unused()
     return Kernels(build([library])[0])
 
 
@@ -121,4 +124,4 @@ def emulate(op: str, *, checked: bool = False) -> Kernels:
     return load(op_library(op, checked))
 
 
-__all__ = ["ORDERS", "Finding", "Kernels", "Report", "emulate", "why_not"]
+needs_emulator = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")

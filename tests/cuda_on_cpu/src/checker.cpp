@@ -36,7 +36,6 @@ struct Range {
 };
 
 std::vector<Region> g_buffers;
-Region g_shared;
 Region* g_last_buffer;
 Clock g_clock;
 std::vector<std::pair<uint32_t, uint3>> g_block_starts;  // epoch, index
@@ -44,6 +43,9 @@ std::set<std::tuple<std::string, Site, std::string>> g_reported;
 Range g_host_stack;
 
 constexpr size_t kGranule = 2;  // bytes; no kernel here has smaller elements in shared memory
+
+// Its cells grow on demand and are never cleared: the clock goes on, so old accesses stay old.
+Region g_shared{nullptr, nullptr, nullptr, kGranule, {}};
 
 bool is_write(Access access) { return access != Access::kRead; }
 
@@ -114,24 +116,19 @@ void set_aside(Trace& trace, OtherBlocks& other) {
   if (trace.epoch >= g_clock.grid_start) other = {trace.epoch, trace.site, trace.atomic};
 }
 
-bool check_initialised(const Region& region, const Cell& cell, const char* p, Site site) {
-  const Named named = name_of(region, p);
+void check_initialised(const Region& region, const Cell& cell, const char* p, Site site) {
   if (region.buffer == nullptr) {
-    if (cell.write.epoch < g_clock.block_start) {
-      complain("uninitialised", site, named.array, "read of " + named.place);
-      return false;
-    }
-    if (cell.in_flight) {
-      complain("cp.async", site, named.array,
-               "read of " + named.place + " before the wait for the copy issued by " +
-                   cell.write.threads.describe() + " at " + describe_site(cell.write.site));
-      return false;
-    }
+    const bool written = cell.write.epoch >= g_clock.block_start;
+    if (written && !cell.in_flight) return;
+    const Named named = name_of(region, p);
+    if (!written) return complain("uninitialised", site, named.array, "read of " + named.place);
+    complain("cp.async", site, named.array,
+             "read of " + named.place + " before the wait for the copy issued by " +
+                 cell.write.threads.describe() + " at " + describe_site(cell.write.site));
   } else if (region.buffer->mode == Mode::kOut && cell.write.epoch == 0) {
+    const Named named = name_of(region, p);
     complain("uninitialised", site, named.array, "read of the output " + named.place);
-    return false;
   }
-  return true;
 }
 
 void touch_cell(Region& region, Cell& cell, const char* p, Access access, Site site) {
@@ -139,9 +136,8 @@ void touch_cell(Region& region, Cell& cell, const char* p, Access access, Site s
     set_aside(cell.read, cell.other_read);
     set_aside(cell.write, cell.other_write);
   }
-  if ((access == Access::kRead || access == Access::kAtomic) &&
-      !check_initialised(region, cell, p, site)) {
-    return;
+  if (access == Access::kRead || access == Access::kAtomic) {
+    check_initialised(region, cell, p, site);
   }
   check_race(access, region, p, site, cell.write, cell.other_write, "written");
   if (access == Access::kRead) {
@@ -178,6 +174,7 @@ void touch(Region& region, const char* begin, size_t size, Access access, Site s
 }
 
 void access_shared(const char* p, size_t size, Access access, Site site) {
+  g_shared.cells.resize(std::max(g_shared.cells.size(), g_block.shared_used / kGranule));
   const SharedArray* nearest = nullptr;
   for (const SharedArray& a : g_block.shared_arrays) {
     if (p >= a.begin && p + size <= a.begin + a.size) return touch(g_shared, p, size, access, site);
@@ -286,8 +283,8 @@ void check_instrumented_access(const void* address, size_t size, Access access, 
   access_memory(static_cast<const char*>(address), size, access, site);
 }
 
-void check_undefined_behaviour(const char* what, Place place) {
-  if (g_current != nullptr) complain("undefined behaviour", site_of(place), "", what);
+void check_undefined_behaviour(const char* kind, const char* what, Place place) {
+  if (g_current != nullptr) complain(kind, site_of(place), "", what);
 }
 
 // ---- from the runtime
@@ -313,10 +310,8 @@ void check_begin_call() {
 void check_add_buffer(const Buffer& buffer) { g_buffers.push_back(make_region(buffer)); }
 
 void check_begin_grid() {
-  if (g_shared.begin == nullptr) {  // never cleared: the clock goes on, so old accesses stay old
-    g_shared = Region{g_block.arena, g_block.arena + kArenaBytes, nullptr, kGranule,
-                      std::vector<Cell>(kArenaBytes / kGranule)};
-  }
+  g_shared.begin = g_block.arena;
+  g_shared.end = g_block.arena + kArenaBytes;
   g_clock.begin_grid();
   g_block_starts.clear();
 }

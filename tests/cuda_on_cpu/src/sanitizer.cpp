@@ -47,12 +47,13 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-#define UNDEFINED(name, what, ...)                                                      \
-  void __ubsan_handle_##name(UndefinedBehaviour* data, ##__VA_ARGS__) {                 \
-    cuemu::check_undefined_behaviour(what, {data->file, static_cast<int>(data->line)}); \
+#define HANDLER(name, kind, what, ...)                                                        \
+  void __ubsan_handle_##name(UndefinedBehaviour* data, ##__VA_ARGS__) {                       \
+    cuemu::check_undefined_behaviour(kind, what, {data->file, static_cast<int>(data->line)}); \
   }
+#define UNDEFINED(name, what, ...) HANDLER(name, "undefined behaviour", what, ##__VA_ARGS__)
 UNDEFINED(out_of_bounds, "array index out of bounds", void*)
-UNDEFINED(type_mismatch_v1, "misaligned pointer", void*)
+HANDLER(type_mismatch_v1, "misaligned access", "pointer to a type of larger alignment", void*)
 UNDEFINED(pointer_overflow, "pointer arithmetic overflows", void*, void*)
 UNDEFINED(add_overflow, "integer overflow", void*, void*)
 UNDEFINED(sub_overflow, "integer overflow", void*, void*)
@@ -67,5 +68,6 @@ UNDEFINED(builtin_unreachable, "unreachable code was reached")
 UNDEFINED(missing_return, "function without return")
 UNDEFINED(vla_bound_not_positive, "array size is not positive", void*)
 #undef UNDEFINED
+#undef HANDLER
 
 }  // extern "C"

@@ -38,10 +38,12 @@ std::string hexadecimal(uint32_t v) {
 // No thread can run, yet some have not exited.
 [[noreturn]] void report_deadlock() {
   constexpr int kShown = 4;
+  const char* kind = "deadlock";
   std::string text = "no thread can run;";
   int exited = 0, shown = 0;
   for (int i = 0; i < g_block.threads; ++i) {
     const Thread& t = g_block.thread[static_cast<size_t>(i)];
+    if (t.state == State::kAtWarpOperation && (t.mask & ~t.warp->alive) != 0) kind = "warp mask";
     if (t.state == State::kExited) {
       ++exited;
     } else if (shown++ < kShown) {
@@ -51,9 +53,9 @@ std::string hexadecimal(uint32_t v) {
                    : " (warp operation, mask " + hexadecimal(t.mask) + ");");
     }
   }
-  abandon("deadlock", text + " " + std::to_string(g_block.at_barrier) + " of " +
-                          std::to_string(g_block.threads) + " threads are at a block barrier, " +
-                          std::to_string(exited) + " have exited");
+  abandon(kind, text + " " + std::to_string(g_block.at_barrier) + " of " +
+                    std::to_string(g_block.threads) + " threads are at a block barrier, " +
+                    std::to_string(exited) + " have exited");
 }
 
 void suspend(Thread& thread, State state) {
@@ -255,6 +257,7 @@ int launch_grid(void (*body)(void*), void* context, dim3 grid, dim3 block, size_
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   if (!is_valid_launch(blocks, grid, threads, block, shared_bytes)) {
+    g_block.abandoned = true;
     return cudaErrorInvalidConfiguration;
   }
   if (g_block.stacks == nullptr) {

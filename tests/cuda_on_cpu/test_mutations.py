@@ -1,0 +1,164 @@
+"""No barrier and no condition of a kernel is idle: without it, a test of the op must fail.
+
+What can be lost is found in the sources (mutants.py), so a new barrier or bound check is tried as well. An op brings
+its probe, a short run of its checks; what to leave out of the copies to compile fast; and the few conditions that
+change no result, with the reason.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import flow_warp_cases
+from cuda_on_cpu.build import CSRC, build
+from cuda_on_cpu.emulator import Kernels, needs_emulator, op_library
+from cuda_on_cpu.mutants import Mutant, find, kernel_files
+
+pytestmark = [needs_emulator, pytest.mark.slow]
+
+
+def case_of(name: str) -> str:
+    """A case of dispatch_dtype or dispatch_interpolation, to be left out."""
+    if name in ("kFloat64", "kBFloat16"):
+        body = {"kFloat64": "double", "kBFloat16": "BFloat16"}[name]
+        return f"    case Dtype::{name}:\n      return body(Type<{body}>{{}});\n"
+    constant = f"InterpolationConstant<Interpolation::{name}>{{}}"
+    return f"    case Interpolation::{name}:\n      return body({constant});\n"
+
+
+# file -> cases that the probes do without: a mutant then compiles in a third of the time
+LEFT_OUT = {
+    "common/dtype.h": ("kFloat64", "kBFloat16"),
+    "common/sampler.h": ("kNearest", "kBicubic"),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """How a folder of csrc is tried."""
+
+    probe: Callable[[Kernels], None]
+    # (file, what is removed) -> why no result changes
+    idle: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+OPS = {
+    "flow_warp": Op(
+        flow_warp_cases.probe,
+        idle={
+            ("backward.cu", "p.grad_flow != nullptr"): "saves the dot products that nobody wants",
+            (
+                "backward.cu",
+                "I != Interpolation::kNearest",
+            ): "saves dot products with slopes of zero",
+            ("backward.cu", "p.channels_last"): "planes have a pixel stride of 1, never aligned",
+            ("forward.cu", "p.channels_last"): "planes have a pixel stride of 1, never aligned",
+            (
+                "footprint.cuh",
+                "p.channels % kVector<T> == 0",
+            ): "output and grad_input are dense: other channels give them strides that are not aligned",
+            (
+                "backward.cu",
+                "is_aligned<T>(p, p.grad_input, p.grad_input_stride)",
+            ): "grad_input is allocated densely: aligned wherever the channels fill vectors",
+            (
+                "forward.cu",
+                "is_aligned<T>(p, p.output, p.output_stride)",
+            ): "output is allocated densely: aligned wherever the channels fill vectors",
+        },
+    )
+}
+
+
+def folders() -> list[str]:
+    return sorted({path.parent.name for path in CSRC.glob("*/*.cu")})
+
+
+def mutants_of(op: str) -> list[Mutant]:
+    return [mutant for file in kernel_files(CSRC, op) for mutant in find(CSRC, file)]
+
+
+def key(mutant: Mutant) -> tuple[str, str]:
+    return Path(mutant.file).name, mutant.removed
+
+
+def changed_copy(target: Path, op: str, mutant: Mutant | None) -> Path:
+    """csrc/common and csrc/<op>, without what LEFT_OUT says, and with the mutation."""
+    for folder in ("common", op):
+        shutil.copytree(CSRC / folder, target / folder)
+    for file, names in LEFT_OUT.items():
+        text = (target / file).read_text()
+        for name in names:
+            assert case_of(name) in text, f"{file} has no case {name} of this form any more"
+            text = text.replace(case_of(name), "")
+        (target / file).write_text(text)
+    if mutant is not None:
+        mutant.apply(target)
+    return target
+
+
+def notices(op: str, library: Path) -> bool:
+    kernels = Kernels(library)
+    kernels.timeout = 5.0
+    try:
+        OPS[op].probe(kernels)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_every_op_with_kernels_is_tried() -> None:
+    assert sorted(OPS) == folders()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_barrier_and_condition_is_needed(op: str, tmp_path: Path) -> None:
+    mutants = mutants_of(op)
+    assert mutants
+    idle = OPS[op].idle
+    gone = set(idle) - {key(mutant) for mutant in mutants}
+    assert not gone, f"listed as idle, but no longer there: {gone}"
+    copies = [changed_copy(tmp_path / str(i), op, m) for i, m in enumerate([None, *mutants])]
+    original, *libraries = build([op_library(op, True, csrc) for csrc in copies])
+    assert not notices(op, original)
+    wrong = []
+    for mutant, library in zip(mutants, libraries):
+        if notices(op, library) == (key(mutant) in idle):
+            what = "is listed as idle, but missed" if key(mutant) in idle else "is not missed"
+            wrong.append(f"{mutant} {what}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_finding_mutants(tmp_path: Path) -> None:
+    """Barriers, waits, conditions, conjuncts and guarded values are found; comments are not."""
+    (tmp_path / "k.cu").write_text(
+        "if (i >= n) return;  // if (x) __syncthreads();\n"
+        "__syncthreads();\n"
+        "cp_async_wait<1>();\n"
+        "const bool used = a >= 0 && f(b, c) < 3;\n"
+        "for (int c = 0; active && c < n; ++c) {}\n"
+        "x = used ? y[i] : 0;\n"
+        "if constexpr (kFlag) return;\n"
+        "__syncwarp(mask);\n"
+        "if (p != nullptr) *p = 1;\n"
+    )
+    found = [(m.line, m.removed, m.replacement) for m in find(tmp_path, "k.cu")]
+    assert found == [
+        (1, "i >= n", "false"),
+        (2, "__syncthreads();", ";"),
+        (3, "cp_async_wait<1>();", ";"),
+        (4, "a >= 0", "true"),
+        (4, "f(b, c) < 3", "true"),
+        (5, "active", "true"),
+        (5, "c < n", "true"),
+        (6, "used", "true"),
+        (8, "__syncwarp(mask);", ";"),
+        (9, "p != nullptr", "true"),
+    ]
+    first = find(tmp_path, "k.cu")[0]
+    first.apply(tmp_path)
+    assert (tmp_path / "k.cu").read_text().startswith("if (false) return;  // if (x)")
