@@ -1,5 +1,6 @@
-// Torch side of modulated_deform_conv2d: check, allocate, fill params, launch. Input, offset, mask and
-// grad_output come in any layout; what the kernels cannot read where it lies is made contiguous.
+// Torch side of modulated_deform_conv2d: check, allocate, fill params, launch. Input, offset, mask
+// and grad_output come in any layout; what the kernels cannot read where it lies is made
+// contiguous.
 #include <optional>
 #include <tuple>
 
@@ -52,10 +53,15 @@ void set_output_strides(const Tensor& tensor, int64_t (&strides)[3]) {
   strides[2] = channels_last ? tensor.size(1) : 1;
 }
 
+Tensor workspace_on(const Tensor& like, int64_t count, ScalarType dtype) {
+  return empty_on(like, {1, 1, 1, count}, dtype, MemoryFormat::Contiguous);
+}
+
 // Params, and the tensors that own what they point at.
 struct Call {
   ModulatedDeformConv2dParams params{};
   Tensor offset, mask, weight, bias, grad_output;
+  Tensor weight_partials, fixed_sums, exponents;  // on CUDA
 };
 
 Call make_call(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
@@ -134,10 +140,41 @@ Tensor modulated_deform_conv2d_forward(const Tensor& input, const Tensor& offset
                            input.scalar_type(), memory_format_of(input));
   p.output = output.mutable_data_ptr();
   set_output_strides(output, p.output_stride);
+  Tensor packed_weight;
+  if constexpr (kIsCuda) {
+    const int64_t bytes = modulated_deform_conv2d_packed_weight_bytes(p);
+    if (bytes > 0) {
+      packed_weight = workspace_on(input, bytes, ScalarType::Byte);
+      p.packed_weight = packed_weight.mutable_data_ptr();
+    }
+  }
   if (p.batch * p.pixels() * p.out_channels > 0) {
     check_launch(kOp, launch_modulated_deform_conv2d_forward(p, scope.stream()));
   }
   return output;
+}
+
+// What the kernels add to begins at zero, and what they write to is there. CUDA only.
+void make_workspaces(const Tensor& input, bool deterministic, Tensor& grad_input, Call& call) {
+  ModulatedDeformConv2dParams& p = call.params;
+  if (p.grad_input != nullptr) {
+    torch::stable::zero_(grad_input);
+    if (deterministic) {
+      const int64_t limbs = modulated_deform_conv2d_fixed_limbs(p.dtype);
+      const int64_t elements = p.batch * p.channels * p.height * p.width;
+      call.fixed_sums = workspace_on(input, limbs * elements, ScalarType::Long);
+      call.exponents = workspace_on(input, kExponents, ScalarType::Int);
+      torch::stable::zero_(call.fixed_sums);
+      torch::stable::zero_(call.exponents);
+      p.fixed_sums = static_cast<int64_t*>(call.fixed_sums.mutable_data_ptr());
+      p.exponents = static_cast<int*>(call.exponents.mutable_data_ptr());
+    }
+  }
+  if (p.grad_weight != nullptr) {
+    const ScalarType sums = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    call.weight_partials = workspace_on(input, modulated_deform_conv2d_weight_partials(p), sums);
+    p.weight_partials = call.weight_partials.mutable_data_ptr();
+  }
 }
 
 // What is not needed comes back with size 0 in its first dimension.
@@ -145,7 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backw
     const Tensor& grad_output, const Tensor& input, const Tensor& offset,
     const std::optional<Tensor>& mask, const Tensor& weight, int64_t stride_h, int64_t stride_w,
     int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_input,
-    bool need_offset, bool need_mask, bool need_weight, bool need_bias) {
+    bool need_offset, bool need_mask, bool need_weight, bool need_bias,
+    [[maybe_unused]] bool deterministic) {
   Call call = make_call(input, offset, mask, weight, stride_h, stride_w, padding_h, padding_w,
                         dilation_h, dilation_w);
   ModulatedDeformConv2dParams& p = call.params;
@@ -158,11 +196,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backw
   p.grad_output = call.grad_output.const_data_ptr();
 
   need_mask = need_mask && mask.has_value();
-  const auto like = [&](const Tensor& t, bool needed, MemoryFormat format) {
-    return empty_on(t, {needed ? t.size(0) : 0, t.size(1), t.size(2), t.size(3)}, t.scalar_type(),
-                    format);
+  const auto shape_like = [](const Tensor& t, bool needed) {
+    return std::array<int64_t, 4>{needed ? t.size(0) : 0, t.size(1), t.size(2), t.size(3)};
   };
-  Tensor grad_input = like(input, need_input, memory_format_of(input));
+  const auto like = [&](const Tensor& t, bool needed, MemoryFormat format) {
+    return empty_on(t, shape_like(t, needed), t.scalar_type(), format);
+  };
+  const ScalarType dtype = input.scalar_type();
+  const bool wide = kIsCuda && dtype != ScalarType::Double;  // sums over pixels are in float
+  Tensor grad_input = empty_on(input, shape_like(input, need_input),
+                               wide ? ScalarType::Float : dtype, memory_format_of(input));
   Tensor grad_offset = like(offset, need_offset, MemoryFormat::Contiguous);
   Tensor grad_mask = like(mask.value_or(offset), need_mask, MemoryFormat::Contiguous);
   Tensor grad_weight = like(weight, need_weight, MemoryFormat::Contiguous);
@@ -178,7 +221,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backw
   p.grad_mask = pointer(grad_mask, need_mask);
   p.grad_weight = pointer(grad_weight, need_weight);
   p.grad_bias = pointer(grad_bias, need_bias);
+  if constexpr (kIsCuda) make_workspaces(input, deterministic, grad_input, call);
   check_launch(kOp, launch_modulated_deform_conv2d_backward(p, scope.stream()));
+  if (grad_input.scalar_type() != dtype) grad_input = torch::stable::to(grad_input, dtype);
   return {grad_input, grad_offset, grad_mask, grad_weight, grad_bias};
 }
 

@@ -763,7 +763,8 @@ def test_opcheck(name: str) -> None:
         grad = torch.ones_like(forward(*arguments))
         torch.library.opcheck(forward, arguments)
         for needs in ([True] * 5, [False] * 5, [True, False, False, False, True]):
-            torch.library.opcheck(backward, (grad, image, offset, mask, weight, *geometry, *needs))
+            options = (*geometry, *needs, False)
+            torch.library.opcheck(backward, (grad, image, offset, mask, weight, *options))
 
 
 # -------------------------------------------------------------------------------------------- errors
