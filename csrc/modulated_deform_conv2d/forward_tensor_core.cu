@@ -27,6 +27,7 @@ constexpr int kStepChannels = 32, kVectorChannels = 8;
 constexpr int kStageVectors = kColumnTiles * 32;  // of 16 bytes: one for every thread
 static_assert(kStageVectors == kThreads);
 constexpr int kStages = 4;  // 16 KiB; the rest of the SM's memory is L1, which the samples need
+constexpr int kAhead = kStages - 2;  // stages under way while one is used and one is being left
 
 // Bounds under which coordinates are exact in float and in split_floor, pixels and element offsets
 // of an image fit into int, and vector * reciprocal finds the offset group.
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const uint32_t a[2][4] = {{samples[0][0], samples[1][0], samples[0][1], samples[1][1]},
                               {samples[0][2], samples[1][2], samples[0][3], samples[1][3]}};
 
-    cp_async_wait<kStages - 2>();
+    cp_async_wait<kAhead>();
     __syncthreads();  // the stage is there for all, and all have left the one before it
     fetch_stage(step + kStages - 1);
 #pragma unroll

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -321,3 +321,160 @@ def check_backward(
                 assert_as_accurate(grad, baseline[name], exact[name], what, terms)
             if deterministic or name != "input":
                 assert_same(grad, first.setdefault(name, grad))
+
+
+def check_far_offsets(
+    kernels: Kernels, dtype: torch.dtype, far: float, deterministic: bool
+) -> None:
+    """Even beside infinite and NaN pixels at the edge: as if the mask were closed there."""
+    case = Case(channels=8, offset_groups=2, reach=0.4, padding=(0, 0))
+    tensors = case.tensors(dtype)
+    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        tensors[0][0, :, corner[0], corner[1]] = math.inf
+        tensors[1][0, :, corner[0], corner[1]] = 9  # samples there go elsewhere
+    wild, closed = tensors[1].clone(), tensors[2].clone()
+    for axis in (0, 1):
+        wild[0, 2 * 4 + axis, 1, 1 + axis] = far  # group 0, tap 4, two pixels
+        closed[0, 4, 1, 1 + axis] = 0
+    actual = forward(kernels, case, [tensors[0], wild, *tensors[2:]])
+    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
+    assert_same(actual, expected)
+    grads = backward(
+        kernels,
+        case,
+        [tensors[0], wild, *tensors[2:]],
+        random_grad(case, tensors),
+        deterministic=deterministic,
+    )
+    assert grads["input"].isfinite().all()
+    for axis in (0, 1):
+        assert not grads["offset"][0, 8:10, 1, 1 + axis].any()
+        assert grads["mask"][0, 4, 1, 1 + axis] == 0
+
+
+def check_nan_offset(kernels: Kernels, dtype: torch.dtype, axis: int, deterministic: bool) -> None:
+    """One NaN in offset group 1 of 2, tap 4, pixel (2, 3) of image 0; convolution group 1 of 2 reads it."""
+    case = Case(channels=8, out_channels=4, groups=2, offset_groups=2)
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case, tensors)
+    expected = forward(kernels, case, tensors)
+    expected[0, 2:, 2, 3] = math.nan
+    clean = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
+    tensors[1][0, 2 * (9 + 4) + axis, 2, 3] = math.nan
+    assert_same(forward(kernels, case, tensors), expected)
+    grads = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
+    where = {name: grad.isnan() for name, grad in grads.items()}
+    touched = torch.zeros_like(where["weight"])
+    touched[2:, :, 1, 1] = True  # tap 4 of the second group's output channels
+    assert_same(where["weight"], touched)
+    assert not where["input"].any() and not where["bias"].any()
+    assert where["mask"].nonzero().tolist() == [[0, 13, 2, 3]]
+    assert {tuple(i) for i in where["offset"].nonzero().tolist()} <= {
+        (0, 26, 2, 3),
+        (0, 27, 2, 3),
+    }
+    assert_same(grads["input"][1], clean["input"][1])
+
+
+def check_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Far ones sample zeros beside infinite pixels, NaN gives NaN in its pixel alone, and the rest stays."""
+    case = Case(1, 64, 64, (6, 7), offset_groups=8, channels_last=True, reach=0.4, padding=(0, 0))
+    tensors = case.tensors(dtype)
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        tensors[0][0, :, y, x] = math.inf
+    tensors[1][:, :, 0, 0] = 3  # samples that would meet those pixels go elsewhere
+    tensors[1][:, :, 0, -1] = 3
+    tensors[1][:, :, -1, 0] = 3
+    tensors[1][:, :, -1, -1] = -3
+    closed = tensors[2].clone()
+    wild = tensors[1].clone()
+    for group, far in enumerate((1e9, -1e9, 4.2e6, -4.2e6, 3e38, -3e38, math.inf, -math.inf)):
+        wild[0, 18 * group + 8 + group % 2, 1, 1 + group % 3] = far
+        closed[0, 9 * group + 4, 1, 1 + group % 3] = 0
+    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
+    wild[0, 18 * 5 + 3, 2, 2] = math.nan
+    expected[0, :, 2, 2] = math.nan
+    assert_same(forward(kernels, case, [tensors[0], wild, *tensors[2:]]), expected)
+
+
+def check_slices_on_tensor_cores(kernels: Kernels) -> None:
+    """Strides wider than the channels, aligned; a slice that begins off 16 bytes goes the generic way."""
+    case = TENSOR_CORE_CASES["18 steps, 64 outputs"]
+    tensors = case.tensors(torch.float16)
+    expected = forward(kernels, case, tensors)
+    for first, taken in ((16, True), (4, False)):
+        wide = torch.full((2, 96, 9, 8), math.nan, dtype=torch.float16)
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        wide[:, first : first + 64] = tensors[0]
+        sliced = [wide[:, first : first + 64], *tensors[1:]]
+        assert (packed_weight_bytes(kernels, case, sliced) > 0) == taken
+        if taken:
+            assert_same(forward(kernels, case, sliced), expected)
+
+
+def check_gradient_alone(kernels: Kernels, wanted: str) -> None:
+    case = CASES["2 groups, offset groups inside"]
+    tensors = case.tensors(torch.float32)
+    grad_output = random_grad(case, tensors)
+    every = backward(kernels, case, tensors, grad_output)
+    alone = backward(kernels, case, tensors, grad_output, wanted=(wanted,))
+    assert_same(alone[wanted], every[wanted])
+    assert alone.keys() == {wanted}
+
+
+def check_empty_batch(kernels: Kernels, deterministic: bool) -> None:
+    case = Case(batch=0)
+    tensors = case.tensors(torch.float32)
+    assert forward(kernels, case, tensors).shape == (0, 4, 5, 6)
+    grads = backward(
+        kernels, case, tensors, random_grad(case, tensors), deterministic=deterministic
+    )
+    for name, grad in grads.items():
+        assert not grad.any(), name
+
+
+# Changes of a case that the tensor cores take after which they do not.
+NOT_FOR_TENSOR_CORES: tuple[dict[str, Any], ...] = (
+    {"channels": 48, "offset_groups": 6},
+    {"channels": 4096, "offset_groups": 1, "kernel": (1, 1)},
+    {"channels": 32, "offset_groups": 8},
+    {"out_channels": 60},
+    {"groups": 2},
+    {"channels_last": False},
+    {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
+    {"stride": (1, 1 << 20), "padding": (1, 1 << 21)},
+)
+
+
+def check_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
+    case = Case(2, 64, 64, (9, 8), offset_groups=8, channels_last=True)
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float16)) > 0
+    other = replace(case, **change)
+    assert packed_weight_bytes(kernels, other, other.tensors(torch.float16)) == 0
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float32)) == 0
+
+
+def probe(kernels: Kernels) -> None:
+    """A short run of everything, in fp32 and fp16."""
+    single, half = torch.float32, torch.float16
+    for change in NOT_FOR_TENSOR_CORES:
+        check_not_for_tensor_cores(kernels, change)
+    check_slices_on_tensor_cores(kernels)
+    check_wild_offsets_on_tensor_cores(kernels, half)
+    for name in (
+        "4 steps, 72 outputs, 129 pixels",
+        "kernel 3x2, stride 2x1, dilation 1x2, 12 steps",
+    ):
+        check_forward(kernels, TENSOR_CORE_CASES[name], half, ("random",))
+    check_far_offsets(kernels, single, math.inf, False)
+    check_nan_offset(kernels, single, 0, True)
+    check_empty_batch(kernels, True)
+    for wanted in ("input", "weight", "bias"):
+        check_gradient_alone(kernels, wanted)
+    for name in ("offset groups straddle 3 groups", "no mask", "17 to 65 channels"):
+        check_forward(kernels, CASES[name], single, ("random",))
+        check_backward(kernels, CASES[name], single, ("random",))
+    check_backward(
+        kernels, CASES["half offsets, float mask"], half, ("random",), deterministic=True
+    )
+    check_backward(kernels, CASES["65 pixels"], single, ("random",), deterministic=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,20 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     DOUBLE,
     DTYPES,
     GRADS,
+    NOT_FOR_TENSOR_CORES,
     OP,
     TENSOR_CORE_CASES,
     Case,
     backward,
     check_backward,
+    check_empty_batch,
+    check_far_offsets,
     check_forward,
+    check_gradient_alone,
+    check_nan_offset,
+    check_not_for_tensor_cores,
+    check_slices_on_tensor_cores,
+    check_wild_offsets_on_tensor_cores,
     forward,
     packed_weight_bytes,
     random_grad,
@@ -91,63 +100,6 @@ def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: t
     assert_same(forward(kernels, case, tensors), tensors[0][:, order])
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
-    """Far ones sample zeros beside infinite pixels, NaN gives NaN in its pixel alone, and the rest stays."""
-    case = Case(1, 64, 64, (6, 7), offset_groups=8, channels_last=True, reach=0.4, padding=(0, 0))
-    tensors = case.tensors(dtype)
-    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-        tensors[0][0, :, y, x] = math.inf
-    tensors[1][:, :, 0, 0] = 3  # samples that would meet those pixels go elsewhere
-    tensors[1][:, :, 0, -1] = 3
-    tensors[1][:, :, -1, 0] = 3
-    tensors[1][:, :, -1, -1] = -3
-    closed = tensors[2].clone()
-    wild = tensors[1].clone()
-    for group, far in enumerate((1e9, -1e9, 4.2e6, -4.2e6, 3e38, -3e38, math.inf, -math.inf)):
-        wild[0, 18 * group + 8 + group % 2, 1, 1 + group % 3] = far
-        closed[0, 9 * group + 4, 1, 1 + group % 3] = 0
-    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
-    wild[0, 18 * 5 + 3, 2, 2] = math.nan
-    expected[0, :, 2, 2] = math.nan
-    assert_same(forward(kernels, case, [tensors[0], wild, *tensors[2:]]), expected)
-
-
-def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:
-    """Strides wider than the channels, aligned; a slice that begins off 16 bytes goes the generic way."""
-    case = TENSOR_CORE_CASES["18 steps, 64 outputs"]
-    tensors = case.tensors(torch.float16)
-    expected = forward(kernels, case, tensors)
-    for first, taken in ((16, True), (4, False)):
-        wide = torch.full((2, 96, 9, 8), math.nan, dtype=torch.float16)
-        wide = wide.contiguous(memory_format=torch.channels_last)
-        wide[:, first : first + 64] = tensors[0]
-        sliced = [wide[:, first : first + 64], *tensors[1:]]
-        assert (packed_weight_bytes(kernels, case, sliced) > 0) == taken
-        if taken:
-            assert_same(forward(kernels, case, sliced), expected)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"channels": 48, "offset_groups": 6},
-        {"channels": 32, "offset_groups": 8},
-        {"out_channels": 60},
-        {"groups": 2},
-        {"channels_last": False},
-        {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
-    ],
-    ids=str,
-)
-def test_not_for_tensor_cores(kernels: Kernels, change: dict[str, object]) -> None:
-    case = Case(2, 64, 64, (9, 8), offset_groups=8, channels_last=True)
-    assert packed_weight_bytes(kernels, case, case.tensors(torch.bfloat16)) > 0
-    other = replace(case, **change)  # type: ignore[arg-type]
-    assert packed_weight_bytes(kernels, other, other.tensors(torch.bfloat16)) == 0
-    assert packed_weight_bytes(kernels, case, case.tensors(torch.float32)) == 0
-
-
 @all_cases
 def test_backward(kernels: Kernels, case: Case) -> None:
     for order, dtype in zip((*ORDERS, "random"), DTYPES):
@@ -177,34 +129,11 @@ def test_accesses_on_tensor_cores(checked: Kernels, name: str) -> None:
     check_forward(checked, TENSOR_CORE_CASES[name], torch.bfloat16, ("random",))
 
 
-@pytest.mark.parametrize("wanted", GRADS)
-def test_each_gradient_alone(kernels: Kernels, wanted: str) -> None:
-    case = CASES["2 groups, offset groups inside"]
-    tensors = case.tensors(torch.float32)
-    grad_output = random_grad(case, tensors)
-    every = backward(kernels, case, tensors, grad_output)
-    alone = backward(kernels, case, tensors, grad_output, wanted=(wanted,))
-    assert_same(alone[wanted], every[wanted])
-    assert alone.keys() == {wanted}
-
-
 def test_weight_over_several_ranges_of_pixels(kernels: Kernels) -> None:
     """Ranges have at least 32 steps of 16 pixels: 2 x 35 steps make three, the middle one in both images."""
     case = Case(2, 2, 3, (28, 20), (1, 1), padding=(0, 0))
     for dtype in (torch.float32, torch.float64):
         check_backward(kernels, case, dtype, ORDERS[1:])
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_empty_batch(kernels: Kernels, deterministic: bool) -> None:
-    case = Case(batch=0)
-    tensors = case.tensors(torch.float32)
-    assert forward(kernels, case, tensors).shape == (0, 4, 5, 6)
-    grads = backward(
-        kernels, case, tensors, random_grad(case, tensors), deterministic=deterministic
-    )
-    for name, grad in grads.items():
-        assert not grad.any(), name
 
 
 @dtypes
@@ -213,30 +142,7 @@ def test_empty_batch(kernels: Kernels, deterministic: bool) -> None:
 def test_far_offsets_sample_zeros(
     kernels: Kernels, dtype: torch.dtype, far: float, deterministic: bool
 ) -> None:
-    """Even beside infinite and NaN pixels at the edge: as if the mask were closed there."""
-    case = Case(channels=8, offset_groups=2, reach=0.4, padding=(0, 0))
-    tensors = case.tensors(dtype)
-    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
-        tensors[0][0, :, corner[0], corner[1]] = math.inf
-        tensors[1][0, :, corner[0], corner[1]] = 9  # samples there go elsewhere
-    wild, closed = tensors[1].clone(), tensors[2].clone()
-    for axis in (0, 1):
-        wild[0, 2 * 4 + axis, 1, 1 + axis] = far  # group 0, tap 4, two pixels
-        closed[0, 4, 1, 1 + axis] = 0
-    actual = forward(kernels, case, [tensors[0], wild, *tensors[2:]])
-    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
-    assert_same(actual, expected)
-    grads = backward(
-        kernels,
-        case,
-        [tensors[0], wild, *tensors[2:]],
-        random_grad(case, tensors),
-        deterministic=deterministic,
-    )
-    assert grads["input"].isfinite().all()
-    for axis in (0, 1):
-        assert not grads["offset"][0, 8:10, 1, 1 + axis].any()
-        assert grads["mask"][0, 4, 1, 1 + axis] == 0
+    check_far_offsets(kernels, dtype, far, deterministic)
 
 
 @dtypes
@@ -245,27 +151,31 @@ def test_far_offsets_sample_zeros(
 def test_nan_offset_gives_nan_there_and_only_there(
     kernels: Kernels, dtype: torch.dtype, axis: int, deterministic: bool
 ) -> None:
-    """One NaN in offset group 1 of 2, tap 4, pixel (2, 3) of image 0; convolution group 1 of 2 reads it."""
-    case = Case(channels=8, out_channels=4, groups=2, offset_groups=2)
-    tensors = case.tensors(dtype)
-    grad_output = random_grad(case, tensors)
-    expected = forward(kernels, case, tensors)
-    expected[0, 2:, 2, 3] = math.nan
-    clean = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
-    tensors[1][0, 2 * (9 + 4) + axis, 2, 3] = math.nan
-    assert_same(forward(kernels, case, tensors), expected)
-    grads = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
-    where = {name: grad.isnan() for name, grad in grads.items()}
-    touched = torch.zeros_like(where["weight"])
-    touched[2:, :, 1, 1] = True  # tap 4 of the second group's output channels
-    assert_same(where["weight"], touched)
-    assert not where["input"].any() and not where["bias"].any()
-    assert where["mask"].nonzero().tolist() == [[0, 13, 2, 3]]
-    assert {tuple(i) for i in where["offset"].nonzero().tolist()} <= {
-        (0, 26, 2, 3),
-        (0, 27, 2, 3),
-    }
-    assert_same(grads["input"][1], clean["input"][1])
+    check_nan_offset(kernels, dtype, axis, deterministic)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
+    check_wild_offsets_on_tensor_cores(kernels, dtype)
+
+
+def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:
+    check_slices_on_tensor_cores(kernels)
+
+
+@pytest.mark.parametrize("change", NOT_FOR_TENSOR_CORES, ids=str)
+def test_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
+    check_not_for_tensor_cores(kernels, change)
+
+
+@pytest.mark.parametrize("wanted", GRADS)
+def test_each_gradient_alone(kernels: Kernels, wanted: str) -> None:
+    check_gradient_alone(kernels, wanted)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_batch(kernels: Kernels, deterministic: bool) -> None:
+    check_empty_batch(kernels, deterministic)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
