@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 from ._checks import (
@@ -42,48 +43,63 @@ def modulated_deform_conv2d(
     Args:
         input: (N, C, H, W), floating point, any strides.
         offset: (N, 2 * G * K, H_out, W_out) with K = kernel_h * kernel_w taps and G offset groups, in input
-            pixels. Channel ``2 * (g * K + k)`` is dy and the next one dx, as in torchvision and mmcv. fp32 offsets go
-            with any input dtype; coordinates are always computed in fp32 (fp64 for double).
+            pixels. Channel ``2 * (g * K + k)`` is dy and the next one dx, as in torchvision and mmcv. Its dtype, like
+            that of mask, is that of ``input``, a lower one, or fp32; coordinates are computed in fp32 (fp64 for
+            double).
         mask: (N, G * K, H_out, W_out), or None for plain deformable convolution (v1).
         weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of ``input``. ``groups`` follows from the shapes.
         bias: (C_out,) or None.
         stride, padding, dilation: ints or pairs (vertical, horizontal).
 
     Returns:
-        (N, C_out, H_out, W_out) in the dtype of ``input``.
+        (N, C_out, H_out, W_out) in the dtype of ``input``, channels_last where ``input`` is.
 
-    Gradients flow to input, offset, mask, weight and bias; in fp64 they are differentiable again, in lower
-    precision the compiled kernel refuses a second derivative with a ``RuntimeError``. At an integer
-    coordinate the gradient with respect to the offset is the right-hand one (of the cell [n, n + 1)).
+    Gradients flow to input, offset, mask, weight and bias, any number of times (compiled code: once); forward
+    mode, ``torch.func`` and vmap work. Second derivatives and forward mode go through PyTorch code in fp64. At an
+    integer coordinate the gradient with respect to the offset is the right-hand one (of the cell [n, n + 1)).
+    On the CPU all gradients have the same bits on every run and with any number of threads.
 
-    A NaN offset gives NaN; an infinite or far one samples zero. Under autocast features and weight run in
-    autocast's dtype, offset and mask keep theirs.
+    A NaN offset gives NaN; an infinite or far one samples exactly zero, whatever the edge of the image holds. Under
+    autocast features and weight run in autocast's dtype, offset and mask keep theirs.
+
+    The CPU is deterministic. On CUDA the gradient of ``input`` is summed by atomics in no fixed order; under
+    ``torch.use_deterministic_algorithms(True)`` its terms are rounded to integers of one scale, whose sums have
+    none, with 8 bytes of workspace per element of ``input`` (16 in fp64).
 
     Raises:
         ValueError: a shape, stride, padding, dilation or device that does not fit.
-        TypeError: a dtype that is not floating point, or weight or bias in another dtype than input.
+        TypeError: a dtype that is not floating point, weight or bias in another dtype than input, or fp64 offset or
+            mask beside an input of lower precision, which would be rounded silently.
     """
     low = autocast_dtype(input.device) if isinstance(input, Tensor) else None
     if low is not None and input.dtype != torch.float64:
         input, weight = input.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
     geometry = _check(input, offset, mask, weight, bias, stride, padding, dilation)
-    if input.device.type not in _NATIVE_DEVICES or input.dtype == torch.float64:
+    offset = _coordinates("offset", offset, input)
+    mask = None if mask is None else _coordinates("mask", mask, input)
+    if input.device.type not in _NATIVE_DEVICES:
         out = reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
-        return _in_format_of(input, out)
-    # The kernel computes in fp32, images channels_last; what already is so is not copied. Tensor.to() would
-    # take a slice of a channels_last tensor for one that already is so.
-    image = input.float().contiguous(memory_format=torch.channels_last)
-    planar = [None if t is None else t.float().contiguous() for t in (offset, mask, weight, bias)]
-    flat = tuple(v for pair_ in geometry for v in pair_)
-    return _in_format_of(input, _ModulatedDeformConv2d.apply(image, *planar, flat).to(input.dtype))
+        channels_last = input.shape[1] > 1 and input.stride(1) == 1
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return out.contiguous(memory_format=memory_format)
+    # Dynamo refuses a Function with a custom jvp and has no use for one.
+    compiling = torch.compiler.is_compiling()
+    function = _ModulatedDeformConv2d if compiling else _ModulatedDeformConv2dWithJvp
+    flat = (*geometry[0], *geometry[1], *geometry[2])
+    return function.apply(input, offset, mask, weight, bias, flat)
 
 
-def _in_format_of(input: Tensor, output: Tensor) -> Tensor:
-    """``output`` channels_last where ``input`` is, else contiguous."""
-    if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
-        return output.contiguous(memory_format=torch.channels_last)
-    return output.contiguous()
+def _coordinates(argument: str, value: Tensor, input: Tensor) -> Tensor:
+    """Offset or mask in a dtype that the kernels take: that of ``input``, or fp32 beside half precision."""
+    compute = reference.coordinate_dtype(input.dtype)
+    if value.dtype in (input.dtype, compute):
+        return value
+    if value.dtype == torch.float64:
+        raise TypeError(
+            f"{_OP}: {argument}: expected dtype {input.dtype} or float32, got {value.dtype}"
+        )
+    return value.to(compute)  # loses nothing
 
 
 def _check(
@@ -154,17 +170,26 @@ def _check(
 _GEOMETRY = ", ".join(
     f"int {name}_{axis}" for name in ("stride", "padding", "dilation") for axis in "hw"
 )
+_ARGUMENTS = ("input", "offset", "mask", "weight", "bias")
 _library.LIBRARY.define(
     "modulated_deform_conv2d_forward(Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
     f"Tensor? bias, {_GEOMETRY}) -> Tensor"
 )
 _library.LIBRARY.define(
     "modulated_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor? mask, "
-    f"Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor weight, {_GEOMETRY}, {', '.join(f'bool need_{name}' for name in _ARGUMENTS)}, "
+    "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NATIVE_DEVICES = _library.register_op(
     _OP, ("modulated_deform_conv2d_forward", "modulated_deform_conv2d_backward")
 )
+
+
+def _empty_like_input(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As has_channels_last() in csrc/common/checks.h."""
+    channels_last = input.shape[1] > 1 and input.stride(1) == 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("mafnet_ops::modulated_deform_conv2d_forward", lib=_library.LIBRARY)
@@ -176,8 +201,7 @@ def _(
     bias: Tensor | None,
     *geometry: int,
 ) -> Tensor:
-    shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
-    return _empty(input, shape, torch.channels_last)
+    return _empty_like_input(input, (input.shape[0], weight.shape[0], *offset.shape[2:]))
 
 
 @torch.library.register_fake("mafnet_ops::modulated_deform_conv2d_backward", lib=_library.LIBRARY)
@@ -187,35 +211,56 @@ def _(
     offset: Tensor,
     mask: Tensor | None,
     weight: Tensor,
-    *geometry: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mask_shape = (0, *offset.shape[1:]) if mask is None else tuple(mask.shape)
+    *options: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor, needed: bool) -> tuple[int, ...]:
+        return (tensor.shape[0] if needed else 0, *tensor.shape[1:])
+
+    need_input, need_offset, need_mask, need_weight, need_bias = options[6:11]
+    masked = offset if mask is None else mask
     return (
-        _empty(input, tuple(input.shape), torch.channels_last),
-        _empty(input, tuple(offset.shape), torch.contiguous_format),
-        _empty(input, mask_shape, torch.contiguous_format),
-        _empty(input, tuple(weight.shape), torch.contiguous_format),
+        _empty_like_input(input, like(input, bool(need_input))),
+        offset.new_empty(like(offset, bool(need_offset))),
+        masked.new_empty(like(masked, mask is not None and bool(need_mask))),
+        weight.new_empty(like(weight, bool(need_weight))),
+        weight.new_empty((weight.shape[0] if need_bias else 0,)),
     )
 
 
-def _empty(like: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+@register_flop_formula(torch.ops.mafnet_ops.modulated_deform_conv2d_forward)
+def _flops(
+    input_shape: Any,
+    offset_shape: Any,
+    mask_shape: Any,
+    weight_shape: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The matrix product, and eight operations per sample and channel; positions are not counted."""
+    out_channels, group_channels, kernel_h, kernel_w = weight_shape
+    samples = input_shape[0] * offset_shape[2] * offset_shape[3] * kernel_h * kernel_w
+    return samples * (2 * out_channels * group_channels + 8 * input_shape[1])
 
 
 # ------------------------------------------------------------------------------------------ autograd
 
+# The tensors of every call below are (input, offset, mask, weight, bias), where mask and bias may be None;
+# geometry is (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w).
+_Geometry = tuple[int, ...]
+_Optional = Tensor | None
+
 
 class _ModulatedDeformConv2d(torch.autograd.Function):
-    """(input, offset, mask, weight, bias, geometry) -> output, all fp32; once differentiable."""
+    """(input, offset, mask, weight, bias, geometry) -> output."""
 
     @staticmethod
     def forward(
         input: Tensor,
         offset: Tensor,
-        mask: Tensor | None,
+        mask: _Optional,
         weight: Tensor,
-        bias: Tensor | None,
-        geometry: tuple[int, ...],
+        bias: _Optional,
+        geometry: _Geometry,
     ) -> Tensor:
         return torch.ops.mafnet_ops.modulated_deform_conv2d_forward(
             input, offset, mask, weight, bias, *geometry
@@ -223,57 +268,185 @@ class _ModulatedDeformConv2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, offset, mask, weight, _, ctx.geometry = inputs
-        ctx.save_for_backward(input, offset, mask, weight)
+        *tensors, ctx.geometry = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, offset, mask, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        # Compiled code has no second derivative, and Dynamo cannot nest Functions here.
-        function = _backward if torch.compiler.is_compiling() else _OnceDifferentiable.apply
-        grad_input, grad_offset, grad_mask, grad_weight = function(
-            grad, input, offset, mask, weight, ctx.geometry
+    def backward(ctx: Any, grad: Any) -> tuple[_Optional, ...]:
+        input, offset, mask, weight, _ = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[:5])
+        # Dynamo cannot nest Functions here; it differentiates once.
+        function = (
+            _backward if torch.compiler.is_compiling() else _ModulatedDeformConv2dBackward.apply
         )
-        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
-        return (
-            grad_input,
-            grad_offset,
-            None if mask is None else grad_mask,
-            grad_weight,
-            grad_bias,
-            None,
-        )
+        grads = function(grad, input, offset, mask, weight, ctx.geometry, needs)
+        return (*(g if need else None for g, need in zip(grads, needs)), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """The new dimension joins the batch; samples with weights of their own go one by one."""
+        *tensors, geometry = args
+        function = _ModulatedDeformConv2dWithJvp.apply
+        if in_dims[3] is None and in_dims[4] is None:
+            folded = _fold(tensors, in_dims, info.batch_size, per_image=(0, 1, 2))
+            return _unfold(function(*folded, geometry), info.batch_size), 0
+        parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
+        return torch.stack([function(*part, geometry) for part in parts]), 0
+
+
+class _ModulatedDeformConv2dWithJvp(_ModulatedDeformConv2d):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: _Optional) -> Tensor:
+        present, primals, filled = _present(ctx.saved_for_forward, tangents)
+        return _jvp_by_vjp(_reference(present, ctx.geometry), primals, filled)
 
 
 def _backward(
     grad: Tensor,
     input: Tensor,
     offset: Tensor,
-    mask: Tensor | None,
+    mask: _Optional,
     weight: Tensor,
-    geometry: tuple[int, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    geometry: _Geometry,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
     return torch.ops.mafnet_ops.modulated_deform_conv2d_backward(
-        grad, input, offset, mask, weight, *geometry
+        grad,
+        input,
+        offset,
+        mask,
+        weight,
+        *geometry,
+        *needs,
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The raw backward op. PyTorch's ``once_differentiable`` does not see that the gradients depend on the saved
-    tensors: with a constant incoming gradient a second derivative would silently be zero."""
+class _ModulatedDeformConv2dBackward(torch.autograd.Function):
+    """The raw backward op, whose own gradient goes through the reference."""
 
     forward = staticmethod(_backward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        *tensors, ctx.geometry, ctx.needs = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{_OP}: input: expected dtype float64 for a second derivative, got a lower precision"
+    def backward(ctx: Any, *grads: Any) -> tuple[_Optional, ...]:
+        present, primals, _ = _present(ctx.saved_tensors, (None,) * 5)
+        vjp: Any = torch.func.vjp(_reference_vjp(present, ctx.geometry, ctx.needs), *primals)[1]
+        results = iter(vjp(tuple(g for g, need in zip(grads, ctx.needs) if need)))
+        return (*(next(results) if there else None for there in present), None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, ...]:
+        present, primals, filled = _present(ctx.saved_for_forward, tangents)
+        function = _reference_vjp(present, ctx.geometry, ctx.needs)
+        results = iter(_jvp_by_vjp(function, primals, filled))
+        _, input, offset, mask, weight = ctx.saved_for_forward
+        bias = weight[:, 0, 0, 0]
+        outputs = (input, offset, offset if mask is None else mask, weight, bias)
+        return tuple(
+            next(results) if need else t.new_zeros((0, *t.shape[1:]))
+            for need, t in zip(ctx.needs, outputs)
         )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        *tensors, geometry, needs = args
+        function = _ModulatedDeformConv2dBackward.apply
+        if in_dims[4] is None and not needs[3] and not needs[4]:
+            folded = _fold(tensors, in_dims, info.batch_size, per_image=(0, 1, 2, 3))
+            grads = function(*folded, geometry, needs)
+            unfolded = [_unfold(g, info.batch_size) for g in grads[:3]]
+            unfolded += [g.new_empty((info.batch_size, *g.shape)) for g in grads[3:]]
+        else:  # gradients of weight and bias are sums over the images: one by one
+            parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
+            each = [function(*part, geometry, needs) for part in parts]
+            unfolded = [torch.stack(same) for same in zip(*each)]
+        return tuple(unfolded), (0,) * 5
+
+
+def _present(
+    primals: tuple[_Optional, ...], tangents: tuple[_Optional, ...]
+) -> tuple[list[bool], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Which tensors are there, those, and their tangents with zeros for the missing ones."""
+    pairs = [(p, t) for p, t in zip(primals, tangents) if p is not None]
+    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
+    return [p is not None for p in primals], tuple(p for p, _ in pairs), filled
+
+
+def _reference(present: list[bool], geometry: _Geometry) -> Any:
+    """The definition as a function of the tensors that are there, in fp64: differentiable any number of times."""
+
+    def function(*tensors: Tensor) -> Tensor:
+        values = iter(t.double() for t in tensors)
+        input, offset, mask, weight, bias = (next(values) if there else None for there in present)
+        assert input is not None and offset is not None and weight is not None
+        out = reference.modulated_deform_conv2d(
+            input, offset, mask, weight, bias, geometry[:2], geometry[2:4], geometry[4:]
+        )
+        return out.to(tensors[0].dtype)
+
+    return function
+
+
+def _reference_vjp(present: list[bool], geometry: _Geometry, needs: tuple[bool, ...]) -> Any:
+    """(grad_output, input, offset, mask, weight) -> the wanted gradients, by the reference."""
+    # The bias adds to the output, so that its value is of no matter, and zeros serve.
+    of_forward = [*present[1:], needs[4]]
+
+    def backward(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        bias = [tensors[-1].new_zeros(tensors[-1].shape[0])] if needs[4] else []
+        function = _reference(of_forward, geometry)
+        vjp: Any = torch.func.vjp(function, *tensors, *bias)[1]
+        grads = iter(vjp(grad_output))
+        every = [next(grads) if there else None for there in of_forward]
+        return tuple(g for g, need in zip(every, needs) if need and g is not None)
+
+    return backward
+
+
+def _jvp_by_vjp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
+    """J t as the gradient of u -> J^T u, which is linear: forward mode without nesting forward mode."""
+    made: Any = torch.func.vjp(function, *primals)
+    output, vjp = made[0], made[1]
+    single = isinstance(output, Tensor)
+    zeros = torch.zeros_like(output) if single else tuple(map(torch.zeros_like, output))
+    vjp_of_vjp: Any = torch.func.vjp(vjp, zeros)[1]
+    return vjp_of_vjp(tangents)[0]
+
+
+def _fold(
+    tensors: list[_Optional],
+    in_dims: tuple[int | None, ...],
+    batch: int,
+    per_image: tuple[int, ...],
+) -> list[_Optional]:
+    """Merge the dimension that vmap added into the batch of images; the others are shared."""
+    folded: list[_Optional] = []
+    for position, (tensor, dim) in enumerate(zip(tensors, in_dims)):
+        if tensor is None or position not in per_image:
+            folded.append(tensor)
+        else:
+            moved = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            folded.append(moved.flatten(0, 1))
+    return folded
+
+
+def _unfold(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.unflatten(0, (batch, tensor.shape[0] // batch))
+
+
+def _select(
+    tensors: list[_Optional], in_dims: tuple[int | None, ...], index: int
+) -> list[_Optional]:
+    return [t if t is None or d is None else t.select(d, index) for t, d in zip(tensors, in_dims)]
 
 
 class ModulatedDeformConv2d(nn.Module):

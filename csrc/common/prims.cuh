@@ -52,6 +52,24 @@ DEVICE void atomic_add4(float* address, float a, float b, float c, float d) {
 #endif
 }
 
+// floor(v), and v minus that in part, without a conversion, of which a GPU does few: adding 1.5 *
+// 2^23 rounds to integers. Where |v| > 2^22 or v is NaN, some integer outside [0, 2^22), so that an
+// index check refuses it.
+DEVICE int split_floor(float v, float& part) {
+  constexpr float kMagic = 12582912.0f;
+  const float rounded = __fadd_rd(v, kMagic);
+  part = v - (rounded - kMagic);
+  return static_cast<int>(__float_as_uint(rounded) - __float_as_uint(kMagic));
+}
+
+// Whether the current device has the tensor-core instructions of sm_80.
+inline bool has_bfloat16_tensor_cores() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 8;
+}
+
 // ---- tensor cores
 
 DEVICE uint32_t shared_address(const void* p) {
@@ -189,6 +207,14 @@ DEVICE void atomic_add4(float* address, float a, float b, float c, float d, CUEM
   atomicAdd(address + 2, c, place);
   atomicAdd(address + 3, d, place);
 }
+
+DEVICE int split_floor(float v, float& part) {
+  const float whole = std::floor(v);
+  part = v - whole;
+  return whole >= -4194304 && whole <= 4194304 ? static_cast<int>(whole) : 1 << 30;
+}
+
+inline bool has_bfloat16_tensor_cores() { return true; }
 
 DEVICE void ldmatrix(uint32_t (&r)[4], const void* row, CUEMU_PLACE) {
   ::cuemu::load_matrices(r, row, 4, false, place);

@@ -3,12 +3,17 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "common/sampler.h"
+
 namespace mafnet {
 
-// All tensors are float. Images are dense channels_last; offset, mask and their gradients are dense
-// planar (N, channels, out_height, out_width); weight is (out_channels, channels / groups,
-// kernel_h, kernel_w), dense.
+// Strides are in elements. The pixels of offset, mask, output and their gradients follow each other
+// at one stride, row after row; input may have any strides. Weight and bias are dense.
 struct ModulatedDeformConv2dParams {
+  Dtype dtype;  // of input, weight, bias, output and their gradients
+  Dtype offset_dtype, mask_dtype;
+
   int64_t batch;
   int channels, height, width;              // of input
   int out_channels, out_height, out_width;  // of output
@@ -16,25 +21,53 @@ struct ModulatedDeformConv2dParams {
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, offset_groups;
 
-  const float* input;
-  const float* offset;  // (dy, dx) pairs
-  const float* mask;    // null: all ones
-  const float* weight;
-  const float* bias;  // null: none
+  const void* input;
+  int64_t input_stride[4];   // N, C, H, W
+  const void* offset;        // (dy, dx) pairs, (offset group, tap)
+  int64_t offset_stride[3];  // N, C, pixel
+  const void* mask;          // (offset group, tap); null: all ones
+  int64_t mask_stride[3];
+  const void* weight;  // (out_channels, channels / groups, kernel_h, kernel_w)
+  const void* bias;    // null: none
 
-  float* output;
+  void* output;
+  int64_t output_stride[3];
 
-  // Backward. All of it is written; grad_mask is null where mask is.
-  const float* grad_output;
-  float* grad_input;
-  float* grad_offset;
-  float* grad_mask;
-  float* grad_weight;
+  // Backward. A gradient that is not wanted is null; the others are written, not added to.
+  // grad_offset and grad_mask are dense (N, C, pixel).
+  const void* grad_output;
+  int64_t grad_output_stride[3];
+  void* grad_input;
+  int64_t grad_input_stride[3];
+  void* grad_offset;
+  void* grad_mask;
+  void* grad_weight;
+  void* grad_bias;
 
-  int taps() const { return kernel_h * kernel_w; }
-  int64_t pixels() const { return int64_t{out_height} * out_width; }
+  // CUDA only. grad_input holds accumulators (float; double for double), comes zeroed and is added
+  // to. The workspaces are allocated by the caller, in the sizes that the functions below return.
+  void* packed_weight;    // forward; null where its size is 0
+  void* weight_partials;  // backward; null without grad_weight
+  // Deterministic grad_input; null: atomic sums of floating-point numbers in no fixed order.
+  // Both come zeroed.
+  int64_t* fixed_sums;
+  int* exponents;
+
+  MAFNET_HOST_DEVICE int taps() const { return kernel_h * kernel_w; }
+  MAFNET_HOST_DEVICE int group_channels() const { return channels / groups; }
+  MAFNET_HOST_DEVICE int group_outputs() const { return out_channels / groups; }
+  MAFNET_HOST_DEVICE int offset_group_channels() const { return channels / offset_groups; }
+  MAFNET_HOST_DEVICE int64_t pixels() const { return int64_t{out_height} * out_width; }
 };
 
+// Sizes of the workspaces on CUDA. packed_weight, in bytes, is 16-byte aligned; weight_partials is
+// in accumulators; fixed_sums in integers per element of grad_input.
+int64_t modulated_deform_conv2d_packed_weight_bytes(const ModulatedDeformConv2dParams& params);
+int64_t modulated_deform_conv2d_weight_partials(const ModulatedDeformConv2dParams& params);
+int modulated_deform_conv2d_fixed_limbs(Dtype dtype);
+constexpr int kExponents = 3;
+
+// Return 0, or a CUDA error code. stream is a cudaStream_t; the CPU ignores it.
 int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& params, void* stream);
 int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& params,
                                             void* stream);

@@ -1,0 +1,268 @@
+// modulated_deform_conv2d on the CPU, forward:
+// y(p) = bias + sum_k W_k * (mask_k(p) * x(p * stride - padding + k * dilation + offset_k(p))),
+// sampled bilinearly, zero outside.
+//
+// Output pixels go in blocks of one image, one task each. Of a block the samples of some 64 to 96
+// channels and taps are written side by side, columns[pixel][offset group][tap][channel]; a matrix
+// product with the packed weight follows and adds to the block's sums. No column buffer of the
+// image ever exists. All taps of an offset group come together, as they read the same few rows: with
+// taps outside and offset groups inside nearly every sample missed the first cache.
+//
+// For the same reason the input is first rewritten as [offset group][row][column][channel] in the
+// accumulators' type: small images whole, large ones in bands of output rows, each with the rows of
+// input that its samples touch, so that the memory is bounded.
+#include <torch/csrc/stable/ops.h>
+
+#include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/pixels.h"
+#include "modulated_deform_conv2d/plan.h"
+
+namespace mafnet {
+namespace {
+
+// Blocks that a task takes together: 16 x 96 pixels are a few rows.
+constexpr int kRun = 16;
+
+// Of rewritten input; more only where offsets are wild in a large image.
+constexpr int64_t kWindowBytes = 32 << 20;
+
+// How a forward pass is cut up, and its weight: a row of out channels for each column.
+template <typename A>
+struct Forward {
+  explicit Forward(const ModulatedDeformConv2dParams& p);
+
+  std::vector<Segment> segments;
+  std::vector<Chunk> chunks;
+  int block;  // pixels
+  int row;    // of columns
+  int out;    // out channels of a group, padded
+  Buffer<A> weight, bias;  // bias: [group][out]
+};
+
+template <typename A>
+Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
+    : segments(make_segments(p, p.channels)),
+      chunks(make_chunks(segments, p.taps())),
+      block(p.out_channels <= 128   ? kMaxBlock
+            : p.out_channels <= 256 ? kMaxBlock / 2
+                                    : kMaxBlock / 4),
+      row(kColumnPad),
+      out(round_up(p.group_outputs(), kColumnPad)),
+      weight(static_cast<size_t>(chunks.back().row + chunks.back().depth) * out),
+      bias(static_cast<size_t>(p.groups) * out) {
+  for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
+  with_dtype<A>(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* from = static_cast<const T*>(p.weight);
+    for_weights(p, segments, [&](int s, int column, int o, int64_t at) {
+      weight.data()[(segments[s].row + column) * out + o] = static_cast<A>(from[at]);
+    });
+    if (p.bias == nullptr) return;
+    for (int o = 0; o < p.out_channels; ++o) {
+      bias.data()[o / p.group_outputs() * out + o % p.group_outputs()] =
+          static_cast<A>(static_cast<const T*>(p.bias)[o]);
+    }
+  });
+}
+
+// Rows of an image as [offset group][row][column][channel], padded.
+template <typename A>
+struct Window {
+  explicit Window(const ModulatedDeformConv2dParams& p)
+      : column_stride(round_up(p.offset_group_channels(), kChannelPad)),
+        row_stride(int64_t{p.width} * column_stride),
+        rows{0, 0},
+        data(0) {}
+
+  int64_t column_stride, row_stride;
+  RowRange rows;
+  Buffer<A> data;
+};
+
+template <typename A>
+Source<A> source_of(const Window<A>& window, int offset_group, int low) {
+  const int64_t rows = window.rows.high - window.rows.low;
+  // As if it began at row 0 of the image.
+  const A* data = window.data.data() + (offset_group * rows - window.rows.low) * window.row_stride;
+  return {data + low, window.row_stride, window.column_stride};
+}
+
+template <typename A>
+void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange& rows,
+                 Window<A>& window) {
+  const int64_t count = rows.high - rows.low;
+  window.rows = rows;
+  window.data.resize(p.offset_groups * count * window.row_stride,
+                     window.column_stride != p.offset_group_channels());
+  torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t y = begin; y < end; ++y) {
+      for (int64_t g = 0; g < p.offset_groups; ++g) {
+        const int64_t first = n * p.input_stride[0] + (rows.low + y) * p.input_stride[2] +
+                              g * p.offset_group_channels() * p.input_stride[1];
+        gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
+                      p.offset_group_channels(),
+                      window.data.data() + (g * count + y) * window.row_stride,
+                      window.column_stride);
+      }
+    }
+  });
+}
+
+// Buffers of one task.
+template <typename A>
+struct Scratch {
+  Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
+      : columns(static_cast<size_t>(f.block) * f.row),
+        sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
+        zeros(round_up(p.offset_group_channels(), kChannelPad)),
+        plan(1) {}
+  Buffer<A> columns, sums, zeros;
+  Buffer<Plan<A>> plan;
+};
+
+// columns[pixel] = the masked samples of one tap and segment.
+template <typename L, typename A>
+MAFNET_INLINE void sample_at_level(const ModulatedDeformConv2dParams& p, const Block b,
+                                   const Source<A> source, const Plan<A>& plan, int channels_,
+                                   const A* zeros, A* columns, int64_t row) {
+  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
+    for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
+      const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
+      const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
+      A* out = columns + i * row;
+      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
+        using V = typename decltype(type)::type;
+        store<V>(out + c, w0 * load<V>(at.at[0] + c) + w1 * load<V>(at.at[1] + c) +
+                              w2 * load<V>(at.at[2] + c) + w3 * load<V>(at.at[3] + c));
+      });
+    });
+  });
+}
+
+template <typename A>
+void sample(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
+            const Plan<A>& plan, int channels, const A* zeros, A* columns, int64_t row) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    sample_at_level<decltype(level)>(p, b, source, plan, channels, zeros, columns, row);
+  });
+}
+
+// The output pixels first .. end of image n, kRun blocks at most, chunk by chunk: what a chunk reads of the image, of the offsets
+// and of the weight stays in the caches from one block to the next.
+template <typename A>
+void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, int64_t n,
+                    int64_t first, int64_t end, const Window<A>& window, Scratch<A>& scratch) {
+  Plan<A>& plan = *scratch.plan.data();
+  A* columns = scratch.columns.data();
+  const int64_t sums_size = int64_t{f.block} * f.out;
+  const auto sums_of = [&](int64_t block, int group) {
+    return scratch.sums.data() + (block * p.groups + group) * sums_size;
+  };
+  const int64_t blocks = (end - first + f.block - 1) / f.block;
+  const auto block_of = [&](int64_t block) {
+    const int64_t begin = first + block * f.block;
+    return Block{n, begin, static_cast<int>(std::min<int64_t>(f.block, end - begin))};
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int group = 0; group < p.groups; ++group) {
+      A* sums = sums_of(block, group);
+      for (int i = 0; i < f.block; ++i) std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
+    }
+  }
+  for (const Chunk& chunk : f.chunks) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Block b = block_of(block);
+      plan_block(p, b, plan);
+      int column = 0;
+      for (int index = chunk.segment; index < chunk.segment + chunk.segments; ++index) {
+        const Segment& s = f.segments[index];
+        const Source<A> source = source_of(window, s.offset_group, s.low);
+        for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
+          plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
+          sample(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
+        }
+      }
+      multiply(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
+                  chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
+    }
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Block b = block_of(block);
+    for (int group = 0; group < p.groups; ++group) {
+      const int64_t at = n * p.output_stride[0] + b.first * p.output_stride[2] +
+                         int64_t{group} * p.group_outputs() * p.output_stride[1];
+      scatter_pixels(sums_of(block, group), f.out, b.count, p.group_outputs(),
+                     {p.output, p.dtype, at, p.output_stride[2], p.output_stride[1]});
+    }
+  }
+}
+
+// The rows of input that some output rows touch.
+template <typename A>
+RowRange touched_rows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t row, int64_t end) {
+  std::vector<RowRange> ranges(static_cast<size_t>((end - row) * p.offset_groups));
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(ranges.size()), 4, [&](int64_t begin, int64_t stop) {
+        Buffer<Plan<A>> plan(1);
+        for (int64_t i = begin; i < stop; ++i) {
+          RowRange all{p.height, 0};
+          for (int x = 0; x < p.out_width; x += kMaxBlock) {
+            const Block b{n, (row + i / p.offset_groups) * p.out_width + x,
+                          std::min(kMaxBlock, p.out_width - x)};
+            const int g = static_cast<int>(i % p.offset_groups);
+            const RowRange range = touched_rows(p, b, g, *plan.data());
+            all = {std::min(all.low, range.low), std::max(all.high, range.high)};
+          }
+          ranges[i] = all;
+        }
+      });
+  RowRange all{p.height, 0};
+  for (const RowRange& r : ranges) all = {std::min(all.low, r.low), std::max(all.high, r.high)};
+  return {std::min(all.low, all.high), all.high};
+}
+
+template <typename A>
+void forward(const ModulatedDeformConv2dParams& p) {
+  const Forward<A> f(p);
+  Window<A> window(p);
+  const int64_t row_bytes = p.offset_groups * window.row_stride * sizeof(A);
+  const bool whole = p.height * row_bytes <= kWindowBytes;
+  // Half of the window for the rows right below a band, half for taps and offsets.
+  const int64_t band =
+      whole ? p.out_height : std::max<int64_t>(kWindowBytes / 2 / row_bytes / p.stride_h, 1);
+  for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t row = 0; row < p.out_height; row += band) {
+      const int64_t end_row = std::min<int64_t>(p.out_height, row + band);
+      const RowRange rows =
+          whole ? RowRange{0, p.height} : touched_rows<A>(p, n, row, end_row);
+      read_window(p, n, rows, window);
+      const int64_t first = row * p.out_width, end = end_row * p.out_width;
+      const int64_t blocks = (end - first + f.block - 1) / f.block;
+      // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
+      const int64_t run =
+          f.block * std::clamp<int64_t>(blocks / (4 * torch::stable::get_num_threads()), 1, kRun);
+      torch::stable::parallel_for(0, (end - first + run - 1) / run, 1, [&](int64_t begin,
+                                                                           int64_t stop) {
+        Scratch<A> scratch(p, f);
+        for (int64_t task = begin; task < stop; ++task) {
+          forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
+                         window, scratch);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p, void*) {
+  if (p.batch * p.pixels() == 0) return 0;
+  if (p.dtype == Dtype::kFloat64) {
+    forward<double>(p);
+  } else {
+    forward<float>(p);
+  }
+  return 0;
+}
+
+}  // namespace mafnet

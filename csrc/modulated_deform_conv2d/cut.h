@@ -1,0 +1,100 @@
+// How the channels and taps of modulated_deform_conv2d are cut into the matrix products of a block,
+// and the weight packed in that order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "modulated_deform_conv2d/gemm.h"
+#include "modulated_deform_conv2d/params.h"
+#include "modulated_deform_conv2d/vectors.h"
+
+namespace mafnet {
+
+// Channels of an image that is rewritten for sampling go by four, so that vectors have no remainder;
+// what is added is zero.
+constexpr int kChannelPad = 4;
+
+// Products per element of a matrix product: enough to pay for reading and writing the sums.
+constexpr int kDepth = 64;
+
+// The channels that an offset group and a group of the convolution share. They take `stored` columns
+// per tap: the padding of the offset group too, where the segment is all of it.
+struct Segment {
+  int offset_group, group;
+  int low;       // in the offset group
+  int group_low; // in the group
+  int channels, stored;
+  int64_t row;   // of the packed weight, where its columns of all taps begin
+};
+
+// The segments in the order of their channels, none of more than max_channels.
+inline std::vector<Segment> make_segments(const ModulatedDeformConv2dParams& p, int max_channels) {
+  std::vector<Segment> segments;
+  const int of_offset = p.offset_group_channels(), of_group = p.group_channels();
+  int64_t row = 0;
+  for (int low = 0; low < p.channels;) {
+    Segment s{low / of_offset, low / of_group, low % of_offset, low % of_group, 0, 0, row};
+    s.channels = std::min({of_offset - s.low, of_group - s.group_low, max_channels});
+    s.stored = s.channels == of_offset ? round_up(of_offset, kChannelPad) : s.channels;
+    low += s.channels;
+    row += int64_t{s.stored} * p.taps();
+    segments.push_back(s);
+  }
+  return segments;
+}
+
+// Some taps of some segments: a matrix product of depth `depth`, whose weight begins at row `row`.
+struct Chunk {
+  int group, segment, segments, tap, taps;
+  int depth;
+  int64_t row;
+};
+
+// Cuts segments into chunks: several whole segments where they are small, else some taps of one.
+inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int taps) {
+  std::vector<Chunk> chunks;
+  const int count = static_cast<int>(segments.size());
+  for (int s = 0; s < count;) {
+    const int stored = segments[s].stored, group = segments[s].group;
+    if (stored * taps < 2 * kDepth) {
+      Chunk chunk{group, s, 0, 0, taps, 0, segments[s].row};
+      do {
+        chunk.depth += segments[s].stored * taps;
+        ++chunk.segments;
+        ++s;
+      } while (s < count && segments[s].group == group &&
+               chunk.depth + segments[s].stored * taps <= 3 * kDepth / 2);
+      chunks.push_back(chunk);
+      continue;
+    }
+    const int parts = std::max(1, stored * taps / kDepth), step = (taps + parts - 1) / parts;
+    for (int k = 0; k < taps; k += step) {
+      const int some = std::min(step, taps - k);
+      chunks.push_back({group, s, 1, k, some, some * stored, segments[s].row + k * stored});
+    }
+    ++s;
+  }
+  return chunks;
+}
+
+// Calls body(segment, column, out channel of the group, index) for every element of the weight, the
+// column in the order [tap][stored channel].
+template <typename Body>
+void for_weights(const ModulatedDeformConv2dParams& p, const std::vector<Segment>& segments,
+                 const Body& body) {
+  for (int i = 0; i < static_cast<int>(segments.size()); ++i) {
+    const Segment& s = segments[i];
+    for (int o = 0; o < p.group_outputs(); ++o) {
+      for (int c = 0; c < s.channels; ++c) {
+        const int64_t at =
+            ((int64_t{s.group} * p.group_outputs() + o) * p.group_channels() + s.group_low + c) *
+            p.taps();
+        for (int k = 0; k < p.taps(); ++k) body(i, k * s.stored + c, o, at + k);
+      }
+    }
+  }
+}
+
+}  // namespace mafnet

@@ -1,0 +1,114 @@
+// Where a block of output pixels samples the input: positions, corners and weights of one tap.
+//
+// Cells of four pixels that lie wholly inside the image, nearly all, cost one address and four
+// weights. Pixels go in chunks of 16; a chunk with a sample that touches the outside chooses each
+// corner by itself, and what lies outside is read from a vector of zeros, so that it contributes
+// exactly 0 whatever the edge of the image holds.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "modulated_deform_conv2d/params.h"
+#include "modulated_deform_conv2d/vectors.h"
+
+namespace mafnet {
+
+// 192 pixels are a multiple of every chunk and tile height. Longer runs along the planes of offsets
+// serve the memory better (60 pixels cost twice the time of 160 at 180 x 320), shorter ones the
+// caches.
+constexpr int kMaxBlock = 96;
+constexpr int kChunk = 16;
+
+// The output pixels first .. first + count of image n, in raster order.
+struct Block {
+  int64_t n, first;
+  int count;
+};
+
+// Rows of input: low <= row < high.
+struct RowRange {
+  int low, high;
+};
+
+// The channels of one offset group of one image as [row][column][channel].
+template <typename A>
+struct Source {
+  const A* data;
+  int64_t row_stride, column_stride;
+};
+
+template <typename A>
+struct Plan {
+  A base_y[kMaxBlock], base_x[kMaxBlock];    // where the pixels begin, without tap and offset
+  int64_t offset[kMaxBlock];                 // of the corner (y, x) in the source
+  int y[kMaxBlock], x[kMaxBlock];            // its row and column, perhaps outside
+  A part_y[kMaxBlock], part_x[kMaxBlock];    // the distance from that corner; NaN where unknown
+  A mask[kMaxBlock];
+  A weight[4][kMaxBlock];  // of (y, x) (y, x + 1) (y + 1, x) (y + 1, x + 1), times mask
+  bool inside[kMaxBlock / kChunk];  // all cells of a chunk
+  A planes[3][kMaxBlock];  // dy, dx and mask where they need converting
+};
+
+// Where the pixels of a block begin; first of all for a block.
+template <typename A>
+void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& plan);
+
+// Makes the plan of a tap; plane = offset group * taps + tap.
+template <typename A>
+void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
+              int plane, Plan<A>& plan);
+
+// The rows that the samples of a block read, of all taps of an offset group; what lies outside the
+// image reads none.
+template <typename A>
+RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int offset_group,
+                      Plan<A>& plan);
+
+// The four corners of a sample, or zeros.
+template <typename A>
+struct Corners {
+  const A* at[4];
+};
+
+template <typename A>
+MAFNET_INLINE Corners<A> inner_corners(const Source<A>& source, const Plan<A>& plan, int i) {
+  const A* top = source.data + plan.offset[i];
+  const A* bottom = top + source.row_stride;
+  return {{top, top + source.column_stride, bottom, bottom + source.column_stride}};
+}
+
+// Which corners lie in the image.
+MAFNET_INLINE bool corner_is_inside(int height, int width, int y, int x, int corner) {
+  return static_cast<unsigned>(y + corner / 2) < static_cast<unsigned>(height) &&
+         static_cast<unsigned>(x + corner % 2) < static_cast<unsigned>(width);
+}
+
+template <typename A>
+MAFNET_INLINE Corners<A> edge_corners(const ModulatedDeformConv2dParams& p, const Source<A>& source,
+                                      const Plan<A>& plan, int i, const A* zeros) {
+  Corners<A> corners = inner_corners(source, plan, i);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const bool inside = corner_is_inside(p.height, p.width, plan.y[i], plan.x[i], k);
+    corners.at[k] = inside ? corners.at[k] : zeros;
+  }
+  return corners;
+}
+
+// Calls body(i, corners) for the pixels of a block; corners point at channel `low` of the source.
+template <typename A, typename Body>
+MAFNET_INLINE void for_samples(const ModulatedDeformConv2dParams& p, const Block& b,
+                               const Source<A>& source, const Plan<A>& plan, const A* zeros,
+                               const Body& body) {
+  for (int begin = 0; begin < b.count; begin += kChunk) {
+    const int end = std::min(b.count, begin + kChunk);
+    if (plan.inside[begin / kChunk]) {
+      for (int i = begin; i < end; ++i) body(i, inner_corners(source, plan, i));
+    } else {
+      for (int i = begin; i < end; ++i) body(i, edge_corners(p, source, plan, i, zeros));
+    }
+  }
+}
+
+}  // namespace mafnet

@@ -1,0 +1,114 @@
+// Binds the CUDA launchers of modulated_deform_conv2d. Images, offset and mask are in the order
+// N C H W.
+#include "binding.h"
+#include "dtypes.h"
+#include "modulated_deform_conv2d/params.h"
+
+namespace {
+
+using cuemu::Array;
+
+// Strides of N, C and pixels; rows follow each other.
+void copy_pixel_strides(const Array& array, int64_t (&target)[3]) {
+  array.require_axes(4);
+  target[0] = array.stride[0];
+  target[1] = array.stride[1];
+  target[2] = array.shape[3] == 1 ? array.stride[2] : array.stride[3];
+}
+
+mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
+  const Array input = arguments.in("input"), offset = arguments.in("offset");
+  const Array weight = arguments.in("weight");
+  mafnet::ModulatedDeformConv2dParams p{};
+  p.dtype = cuemu::dtype_of(input);
+  p.offset_dtype = cuemu::dtype_of(offset);
+  p.batch = input.shape[0];
+  p.channels = static_cast<int>(input.shape[1]);
+  p.height = static_cast<int>(input.shape[2]);
+  p.width = static_cast<int>(input.shape[3]);
+  p.out_channels = static_cast<int>(weight.shape[0]);
+  p.kernel_h = static_cast<int>(weight.shape[2]);
+  p.kernel_w = static_cast<int>(weight.shape[3]);
+  p.out_height = static_cast<int>(offset.shape[2]);
+  p.out_width = static_cast<int>(offset.shape[3]);
+  p.stride_h = static_cast<int>(arguments.integer("stride_h"));
+  p.stride_w = static_cast<int>(arguments.integer("stride_w"));
+  p.padding_h = static_cast<int>(arguments.integer("padding_h"));
+  p.padding_w = static_cast<int>(arguments.integer("padding_w"));
+  p.dilation_h = static_cast<int>(arguments.integer("dilation_h"));
+  p.dilation_w = static_cast<int>(arguments.integer("dilation_w"));
+  p.groups = static_cast<int>(input.shape[1] / weight.shape[1]);
+  p.offset_groups = static_cast<int>(offset.shape[1] / (2 * p.taps()));
+  p.input = input.data;
+  input.copy_strides(p.input_stride);
+  p.offset = offset.data;
+  copy_pixel_strides(offset, p.offset_stride);
+  if (arguments.has("mask")) {
+    const Array mask = arguments.in("mask");
+    p.mask = mask.data;
+    p.mask_dtype = cuemu::dtype_of(mask);
+    copy_pixel_strides(mask, p.mask_stride);
+  }
+  p.weight = weight.data;
+  return p;
+}
+
+}  // namespace
+
+// mask and bias are optional; packed_weight, of as many bytes as packed_weight_bytes says, sends it
+// to the tensor cores.
+CUEMU_ENTRY(forward) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  if (arguments.has("bias")) p.bias = arguments.in("bias").data;
+  const Array output = arguments.out("output");
+  p.output = output.data;
+  copy_pixel_strides(output, p.output_stride);
+  if (arguments.has("packed_weight")) p.packed_weight = arguments.out("packed_weight").data;
+  return mafnet::launch_modulated_deform_conv2d_forward(p, nullptr);
+}
+
+// sizes: bytes of packed_weight for these tensors.
+CUEMU_ENTRY(packed_weight_bytes) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  const Array output = arguments.in("output");
+  p.output = output.data;
+  copy_pixel_strides(output, p.output_stride);
+  *static_cast<int64_t*>(arguments.in_out("sizes").data) =
+      mafnet::modulated_deform_conv2d_packed_weight_bytes(p);
+  return 0;
+}
+
+// Every gradient is optional. grad_input are accumulators, zeroed; fixed_sums and exponents,
+// zeroed, make it deterministic.
+CUEMU_ENTRY(backward) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  const Array grad_output = arguments.in("grad_output");
+  p.grad_output = grad_output.data;
+  copy_pixel_strides(grad_output, p.grad_output_stride);
+  if (arguments.has("grad_input")) {
+    const Array grad_input = arguments.in_out("grad_input");
+    p.grad_input = grad_input.data;
+    copy_pixel_strides(grad_input, p.grad_input_stride);
+  }
+  if (arguments.has("fixed_sums")) {
+    p.fixed_sums = static_cast<int64_t*>(arguments.in_out("fixed_sums").data);
+    p.exponents = static_cast<int*>(arguments.in_out("exponents").data);
+  }
+  if (arguments.has("grad_offset")) p.grad_offset = arguments.out("grad_offset").data;
+  if (arguments.has("grad_mask")) p.grad_mask = arguments.out("grad_mask").data;
+  if (arguments.has("grad_weight")) {
+    p.grad_weight = arguments.out("grad_weight").data;
+    p.weight_partials = arguments.out("weight_partials").data;
+  }
+  if (arguments.has("grad_bias")) p.grad_bias = arguments.out("grad_bias").data;
+  return mafnet::launch_modulated_deform_conv2d_backward(p, nullptr);
+}
+
+// sizes: elements of weight_partials, limbs of fixed_sums.
+CUEMU_ENTRY(workspace) {
+  const mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  auto* sizes = static_cast<int64_t*>(arguments.in_out("sizes").data);
+  sizes[0] = mafnet::modulated_deform_conv2d_weight_partials(p);
+  sizes[1] = mafnet::modulated_deform_conv2d_fixed_limbs(p.dtype);
+  return 0;
+}

@@ -1,0 +1,480 @@
+"""Calls of the CUDA kernels of modulated_deform_conv2d on the emulator, held to oracles in fp64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from cuda_on_cpu.emulator import ORDERS, Kernels
+from oracles import deform_conv2d_loop, deform_conv2d_torch
+from tolerances import assert_as_accurate, assert_rounding_only, assert_same
+from torch import Tensor
+
+OP = "modulated_deform_conv2d"
+DOUBLE = torch.float64
+DTYPES = (DOUBLE, torch.float32, torch.float16, torch.bfloat16)
+GRADS = ("input", "offset", "mask", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one call, and the layouts of its tensors."""
+
+    batch: int = 2
+    channels: int = 4
+    out_channels: int = 4
+    size: tuple[int, int] = (5, 6)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    mask: bool = True
+    bias: bool = True
+    channels_last: bool = False
+    planar_offset: bool = False  # and mask, beside an input that is channels_last
+    reach: float = 2.0
+    float_offset: bool = True  # beside half-precision features
+    float_mask: bool = False
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        return self.stride, self.padding, self.dilation
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        names = ("stride", "padding", "dilation")
+        return {f"{n}_{a}": v for n, pair in zip(names, self.geometry) for a, v in zip("hw", pair)}
+
+    @property
+    def out_size(self) -> list[int]:
+        each = zip(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each]
+
+    @property
+    def terms(self) -> int:
+        """Products in one output element: four corners, each with its weights, and the bias."""
+        return 4 * self.channels // self.groups * math.prod(self.kernel) + 4
+
+    def tensors(self, dtype: torch.dtype) -> list[Any]:
+        """Input, offset, mask, weight, bias within [-1, 1], [-reach, reach], [0, 1], [-1, 1], [-1, 1].
+
+        Offsets keep 0.2 from every integer, where the oracles' gradients are not the right-hand ones.
+        """
+        generator = torch.Generator().manual_seed(hash(astuple(self)) % 2**31)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=DOUBLE) * 2 - 1
+
+        pairs = self.offset_groups * math.prod(self.kernel)
+        low = dtype in (torch.float16, torch.bfloat16)
+        offset_dtype = torch.float32 if low and self.float_offset else dtype
+        mask_dtype = torch.float32 if low and self.float_mask else dtype
+        shift = self.reach * uniform(self.batch, 2 * pairs, *self.out_size)
+        shift = shift.floor() + 0.2 + 0.6 * (shift - shift.floor())
+        mask = uniform(self.batch, pairs, *self.out_size).abs().to(mask_dtype)
+        format = torch.channels_last if self.channels_last else torch.contiguous_format
+        every = [
+            uniform(self.batch, self.channels, *self.size).to(dtype),
+            shift.to(offset_dtype),
+            mask if self.mask else None,
+            uniform(self.out_channels, self.channels // self.groups, *self.kernel).to(dtype),
+            uniform(self.out_channels).to(dtype) if self.bias else None,
+        ]
+        formats = [format] + 2 * [torch.contiguous_format if self.planar_offset else format]
+        images = [
+            None if t is None else t.contiguous(memory_format=f) for t, f in zip(every, formats)
+        ]
+        return [*images, *every[3:]]
+
+
+CASES = {
+    "plain": Case(),
+    "kernel 3x2, stride 2x1, dilation 1x2": Case(
+        size=(9, 8), kernel=(3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)
+    ),
+    "2 groups, offset groups inside": Case(channels=8, groups=2, offset_groups=4),
+    "offset groups straddle 3 groups": Case(
+        channels=6, out_channels=9, groups=3, offset_groups=2, size=(4, 5)
+    ),
+    "one offset group over 2 groups": Case(channels=6, out_channels=2, groups=2),
+    "no mask": Case(mask=False, offset_groups=2),
+    "neither mask nor bias, kernel 1": Case(
+        mask=False, bias=False, kernel=(1, 1), padding=(0, 0), channels_last=True
+    ),
+    "H 1": Case(size=(1, 7), kernel=(1, 3), padding=(0, 1)),
+    "W 1": Case(size=(7, 1), kernel=(3, 1), padding=(1, 0), channels_last=True),
+    "one pixel": Case(size=(1, 1), batch=1),
+    "63 pixels": Case(batch=1, channels=2, out_channels=3, size=(7, 9), kernel=(1, 2)),
+    "64 pixels": Case(
+        batch=1, channels=2, out_channels=3, size=(8, 9), kernel=(1, 2), padding=(0, 0)
+    ),
+    "65 pixels": Case(
+        batch=1, channels=2, out_channels=3, size=(5, 13), kernel=(1, 1), padding=(0, 0)
+    ),
+    "15 to 63 channels": Case(1, 15, 63, (3, 4), (1, 2), channels_last=True),
+    "16 to 64 channels": Case(1, 16, 64, (3, 4), (1, 1), padding=(0, 0), offset_groups=4),
+    "17 to 65 channels": Case(1, 17, 65, (3, 4), (1, 1), padding=(0, 0), channels_last=True),
+    "half offsets, float mask": Case(float_offset=False, float_mask=True, offset_groups=2),
+}
+
+# What the tensor cores take. A block has 128 pixels, 8 warps of 16; a step 32 channels of one tap, its ring 4 stages; a
+# tile 64 output channels.
+TENSOR_CORE_CASES = {
+    "1 step, 8 outputs, 2 pixels": Case(
+        1, 32, 8, (1, 2), (1, 1), padding=(0, 0), offset_groups=4, channels_last=True
+    ),
+    "2 steps, 56 outputs, 127 pixels": Case(
+        1, 64, 56, (1, 127), (1, 1), padding=(0, 0), offset_groups=8, channels_last=True, mask=False
+    ),
+    "3 steps, 64 outputs, 128 pixels": Case(
+        1,
+        32,
+        64,
+        (128, 1),
+        (3, 1),
+        padding=(1, 0),
+        offset_groups=2,
+        channels_last=True,
+        planar_offset=True,
+    ),
+    "4 steps, 72 outputs, 129 pixels": Case(
+        1, 128, 72, (3, 43), (1, 1), padding=(0, 0), channels_last=True, bias=False
+    ),
+    "5 steps, 128 outputs, 2 images of 130 pixels": Case(
+        2, 32, 128, (10, 13), (1, 5), padding=(0, 2), offset_groups=1, channels_last=True
+    ),
+    "18 steps, 64 outputs": Case(
+        2, 64, 64, (9, 8), offset_groups=8, channels_last=True, planar_offset=True
+    ),
+    "kernel 3x2, stride 2x1, dilation 1x2, 12 steps": Case(
+        1, 64, 24, (9, 8), (3, 2), (2, 1), (0, 2), (1, 2), 1, 2, channels_last=True
+    ),
+    "half offsets, float mask, 96 channels in 3": Case(
+        1,
+        96,
+        16,
+        (4, 5),
+        (2, 2),
+        offset_groups=3,
+        channels_last=True,
+        float_offset=False,
+        float_mask=True,
+    ),
+}
+
+
+def double(tensors: list[Any]) -> list[Any]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def poisoned(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """NaN in the layout of `like`; one channel counts as planar."""
+    last = like.shape[1] > 1 and like.stride(1) == 1
+    out = torch.full(shape, math.nan, dtype=dtype or like.dtype)
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def arguments_of(case: Case, tensors: list[Any]) -> dict[str, Any]:
+    """Of every entry. Bias apart."""
+    return {**dict(zip(("input", "offset", "mask", "weight"), tensors)), **case.numbers}
+
+
+def packed_weight_bytes(
+    kernels: Kernels, case: Case, tensors: list[Any], output: Tensor | None = None
+) -> int:
+    """0: not for the tensor cores."""
+    if output is None:
+        output = poisoned(tensors[0], len(tensors[0]), len(tensors[3]), *tensors[1].shape[2:])
+    size = np.zeros(1, np.int64)
+    arguments = arguments_of(case, tensors)
+    kernels.run("packed_weight_bytes", **arguments, output=output, sizes=size).raise_if_any()
+    return int(size[0])
+
+
+def forward(
+    kernels: Kernels, case: Case, tensors: list[Any], generic: bool = False, **options: Any
+) -> Tensor:
+    """On the tensor cores where they take it, unless generic."""
+    input, offset, _, weight, bias = tensors
+    output = poisoned(input, len(input), len(weight), *offset.shape[2:])
+    arguments = arguments_of(case, tensors)
+    packed = np.full(packed_weight_bytes(kernels, case, tensors, output), 0xFF, np.uint8)
+    kernels.run(
+        "forward",
+        **arguments,
+        bias=bias,
+        output=output,
+        packed_weight=packed if packed.size and not generic else None,
+        **options,
+    ).raise_if_any()
+    used = packed.size > 0 and not (packed == 0xFF).all()  # poison where no kernel wrote
+    assert used == (packed.size > 0 and not generic and output.numel() > 0)
+    return output
+
+
+def backward(
+    kernels: Kernels,
+    case: Case,
+    tensors: list[Any],
+    grad_output: Tensor,
+    wanted: Sequence[str] = GRADS,
+    deterministic: bool = False,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The wanted gradients that there are, by argument name, as the binding makes them."""
+    input, offset, mask, weight, bias = tensors
+    arguments = arguments_of(case, tensors)
+    sizes = np.zeros(2, np.int64)
+    kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
+    accumulator = torch.promote_types(input.dtype, torch.float32)
+    grads = {
+        "input": poisoned(input, *input.shape, dtype=accumulator).zero_(),
+        "offset": torch.full(offset.shape, math.nan, dtype=offset.dtype),
+        "mask": None if mask is None else torch.full(mask.shape, math.nan, dtype=mask.dtype),
+        "weight": torch.full(weight.shape, math.nan, dtype=weight.dtype),
+        "bias": None if bias is None else torch.full(bias.shape, math.nan, dtype=bias.dtype),
+    }
+    present = {name: g for name, g in grads.items() if g is not None and name in wanted}
+    workspaces: dict[str, Any] = {}
+    if deterministic and "input" in present:
+        workspaces["fixed_sums"] = np.zeros(int(sizes[1]) * input.numel(), np.int64)
+        workspaces["exponents"] = np.zeros(3, np.int32)
+    if "weight" in present:
+        workspaces["weight_partials"] = torch.full((int(sizes[0]),), math.nan, dtype=accumulator)
+    report = kernels.run(
+        "backward",
+        **arguments,
+        grad_output=grad_output,
+        **{f"grad_{name}": g for name, g in present.items()},
+        **workspaces,
+        **options,
+    )
+    report.raise_if_any()
+    return {n: g.to(input.dtype) if n == "input" else g for n, g in present.items()}
+
+
+def oracle(case: Case, tensors: list[Any], grad_output: Tensor) -> dict[str, Tensor]:
+    """The gradients by automatic differentiation of the PyTorch oracle, in the dtypes of the tensors."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    deform_conv2d_torch(*leaves, *case.geometry).backward(grad_output)  # type: ignore[arg-type]
+    return {name: t.grad for name, t in zip(GRADS, leaves) if t is not None and t.grad is not None}
+
+
+def random_grad(case: Case, tensors: list[Any]) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    shape = (case.batch, case.out_channels, *case.out_size)
+    grad = torch.rand(shape, generator=generator, dtype=DOUBLE) * 2 - 1
+    format = torch.channels_last if case.channels_last else torch.contiguous_format
+    return grad.to(tensors[0].dtype).contiguous(memory_format=format)
+
+
+def check_forward(
+    kernels: Kernels, case: Case, dtype: torch.dtype, orders: Sequence[str] = ORDERS
+) -> None:
+    tensors = case.tensors(dtype)
+    exact = deform_conv2d_loop(*tensors, *case.geometry)  # type: ignore[arg-type]
+    baseline = deform_conv2d_torch(*tensors, *case.geometry)  # type: ignore[arg-type]
+    for order in orders:
+        actual = forward(kernels, case, tensors, order=order)
+        if dtype == DOUBLE:
+            assert_rounding_only(actual, exact, case.terms)
+        else:
+            assert_as_accurate(actual, baseline, exact, f"{dtype} {order}", case.terms)
+
+
+def check_backward(
+    kernels: Kernels,
+    case: Case,
+    dtype: torch.dtype,
+    orders: Sequence[str] = ORDERS,
+    deterministic: bool = False,
+) -> None:
+    """Against the oracle; deterministic: with the same bits in every order."""
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case, tensors)
+    exact = oracle(case, double(tensors), grad_output.double())
+    baseline = oracle(case, tensors, grad_output)
+    terms = max(case.terms, case.batch * math.prod(case.out_size))
+    first: dict[str, Tensor] = {}
+    for seed, order in enumerate(orders):
+        actual = backward(
+            kernels,
+            case,
+            tensors,
+            grad_output,
+            deterministic=deterministic,
+            order=order,
+            seed=seed,
+        )
+        assert actual.keys() == exact.keys()
+        for name, grad in actual.items():
+            if dtype == DOUBLE:
+                assert_rounding_only(grad, exact[name], terms)
+            else:
+                what = f"{dtype} {order} grad_{name}"
+                assert_as_accurate(grad, baseline[name], exact[name], what, terms)
+            if deterministic or name != "input":
+                assert_same(grad, first.setdefault(name, grad))
+
+
+def check_far_offsets(
+    kernels: Kernels, dtype: torch.dtype, far: float, deterministic: bool
+) -> None:
+    """Even beside infinite and NaN pixels at the edge: as if the mask were closed there."""
+    case = Case(channels=8, offset_groups=2, reach=0.4, padding=(0, 0))
+    tensors = case.tensors(dtype)
+    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        tensors[0][0, :, corner[0], corner[1]] = math.inf
+        tensors[1][0, :, corner[0], corner[1]] = 9  # samples there go elsewhere
+    wild, closed = tensors[1].clone(), tensors[2].clone()
+    for axis in (0, 1):
+        wild[0, 2 * 4 + axis, 1, 1 + axis] = far  # group 0, tap 4, two pixels
+        closed[0, 4, 1, 1 + axis] = 0
+    actual = forward(kernels, case, [tensors[0], wild, *tensors[2:]])
+    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
+    assert_same(actual, expected)
+    grads = backward(
+        kernels,
+        case,
+        [tensors[0], wild, *tensors[2:]],
+        random_grad(case, tensors),
+        deterministic=deterministic,
+    )
+    assert grads["input"].isfinite().all()
+    for axis in (0, 1):
+        assert not grads["offset"][0, 8:10, 1, 1 + axis].any()
+        assert grads["mask"][0, 4, 1, 1 + axis] == 0
+
+
+def check_nan_offset(kernels: Kernels, dtype: torch.dtype, axis: int, deterministic: bool) -> None:
+    """One NaN in offset group 1 of 2, tap 4, pixel (2, 3) of image 0; convolution group 1 of 2 reads it."""
+    case = Case(channels=8, out_channels=4, groups=2, offset_groups=2)
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case, tensors)
+    expected = forward(kernels, case, tensors)
+    expected[0, 2:, 2, 3] = math.nan
+    clean = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
+    tensors[1][0, 2 * (9 + 4) + axis, 2, 3] = math.nan
+    assert_same(forward(kernels, case, tensors), expected)
+    grads = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
+    where = {name: grad.isnan() for name, grad in grads.items()}
+    touched = torch.zeros_like(where["weight"])
+    touched[2:, :, 1, 1] = True  # tap 4 of the second group's output channels
+    assert_same(where["weight"], touched)
+    assert not where["input"].any() and not where["bias"].any()
+    assert where["mask"].nonzero().tolist() == [[0, 13, 2, 3]]
+    assert {tuple(i) for i in where["offset"].nonzero().tolist()} <= {
+        (0, 26, 2, 3),
+        (0, 27, 2, 3),
+    }
+    assert_same(grads["input"][1], clean["input"][1])
+
+
+def check_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Far ones sample zeros beside infinite pixels, NaN gives NaN in its pixel alone, and the rest stays."""
+    case = Case(1, 64, 64, (6, 7), offset_groups=8, channels_last=True, reach=0.4, padding=(0, 0))
+    tensors = case.tensors(dtype)
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        tensors[0][0, :, y, x] = math.inf
+    tensors[1][:, :, 0, 0] = 3  # samples that would meet those pixels go elsewhere
+    tensors[1][:, :, 0, -1] = 3
+    tensors[1][:, :, -1, 0] = 3
+    tensors[1][:, :, -1, -1] = -3
+    closed = tensors[2].clone()
+    wild = tensors[1].clone()
+    for group, far in enumerate((1e9, -1e9, 4.2e6, -4.2e6, 3e38, -3e38, math.inf, -math.inf)):
+        wild[0, 18 * group + 8 + group % 2, 1, 1 + group % 3] = far
+        closed[0, 9 * group + 4, 1, 1 + group % 3] = 0
+    expected = forward(kernels, case, [*tensors[:2], closed, *tensors[3:]])
+    wild[0, 18 * 5 + 3, 2, 2] = math.nan
+    expected[0, :, 2, 2] = math.nan
+    assert_same(forward(kernels, case, [tensors[0], wild, *tensors[2:]]), expected)
+
+
+def check_slices_on_tensor_cores(kernels: Kernels) -> None:
+    """Strides wider than the channels, aligned; a slice that begins off 16 bytes goes the generic way."""
+    case = TENSOR_CORE_CASES["18 steps, 64 outputs"]
+    tensors = case.tensors(torch.float16)
+    expected = forward(kernels, case, tensors)
+    for first, taken in ((16, True), (4, False)):
+        wide = torch.full((2, 96, 9, 8), math.nan, dtype=torch.float16)
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        wide[:, first : first + 64] = tensors[0]
+        sliced = [wide[:, first : first + 64], *tensors[1:]]
+        assert (packed_weight_bytes(kernels, case, sliced) > 0) == taken
+        if taken:
+            assert_same(forward(kernels, case, sliced), expected)
+
+
+def check_gradient_alone(kernels: Kernels, wanted: str) -> None:
+    case = CASES["2 groups, offset groups inside"]
+    tensors = case.tensors(torch.float32)
+    grad_output = random_grad(case, tensors)
+    every = backward(kernels, case, tensors, grad_output)
+    alone = backward(kernels, case, tensors, grad_output, wanted=(wanted,))
+    assert_same(alone[wanted], every[wanted])
+    assert alone.keys() == {wanted}
+
+
+def check_empty_batch(kernels: Kernels, deterministic: bool) -> None:
+    case = Case(batch=0)
+    tensors = case.tensors(torch.float32)
+    assert forward(kernels, case, tensors).shape == (0, 4, 5, 6)
+    grads = backward(
+        kernels, case, tensors, random_grad(case, tensors), deterministic=deterministic
+    )
+    for name, grad in grads.items():
+        assert not grad.any(), name
+
+
+# Changes of a case that the tensor cores take after which they do not.
+NOT_FOR_TENSOR_CORES: tuple[dict[str, Any], ...] = (
+    {"channels": 48, "offset_groups": 6},
+    {"channels": 4096, "offset_groups": 1, "kernel": (1, 1)},
+    {"channels": 32, "offset_groups": 8},
+    {"out_channels": 60},
+    {"groups": 2},
+    {"channels_last": False},
+    {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
+    {"stride": (1, 1 << 20), "padding": (1, 1 << 21)},
+)
+
+
+def check_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
+    case = Case(2, 64, 64, (9, 8), offset_groups=8, channels_last=True)
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float16)) > 0
+    other = replace(case, **change)
+    assert packed_weight_bytes(kernels, other, other.tensors(torch.float16)) == 0
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float32)) == 0
+
+
+def probe(kernels: Kernels) -> None:
+    """A short run of everything, in fp32 and fp16."""
+    single, half = torch.float32, torch.float16
+    for change in NOT_FOR_TENSOR_CORES:
+        check_not_for_tensor_cores(kernels, change)
+    check_slices_on_tensor_cores(kernels)
+    check_wild_offsets_on_tensor_cores(kernels, half)
+    for name in (
+        "4 steps, 72 outputs, 129 pixels",
+        "kernel 3x2, stride 2x1, dilation 1x2, 12 steps",
+    ):
+        check_forward(kernels, TENSOR_CORE_CASES[name], half, ("random",))
+    check_far_offsets(kernels, single, math.inf, False)
+    check_nan_offset(kernels, single, 0, True)
+    check_empty_batch(kernels, True)
+    for wanted in ("input", "weight", "bias"):
+        check_gradient_alone(kernels, wanted)
+    for name in ("offset groups straddle 3 groups", "no mask", "17 to 65 channels"):
+        check_forward(kernels, CASES[name], single, ("random",))
+        check_backward(kernels, CASES[name], single, ("random",))
+    check_backward(
+        kernels, CASES["half offsets, float mask"], half, ("random",), deterministic=True
+    )
+    check_backward(kernels, CASES["65 pixels"], single, ("random",), deterministic=True)

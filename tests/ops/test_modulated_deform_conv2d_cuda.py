@@ -1,0 +1,268 @@
+"""The CUDA kernels of modulated_deform_conv2d, run on the CPU by the emulator in tests/cuda_on_cpu.
+
+The fast build gives values, in three orders of the threads; the checked build also watches every access. Both are held
+to oracles in fp64. Outputs and workspaces come poisoned, so one that is not written is a NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu.emulator import ORDERS, Kernels, emulate, why_not
+from cuda_on_cpu.modulated_deform_conv2d_cases import (
+    CASES,
+    DOUBLE,
+    DTYPES,
+    GRADS,
+    NOT_FOR_TENSOR_CORES,
+    OP,
+    TENSOR_CORE_CASES,
+    Case,
+    backward,
+    check_backward,
+    check_empty_batch,
+    check_far_offsets,
+    check_forward,
+    check_gradient_alone,
+    check_nan_offset,
+    check_not_for_tensor_cores,
+    check_slices_on_tensor_cores,
+    check_wild_offsets_on_tensor_cores,
+    forward,
+    packed_weight_bytes,
+    random_grad,
+)
+from tolerances import assert_same
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
+
+FEW = (
+    "kernel 3x2, stride 2x1, dilation 1x2",
+    "offset groups straddle 3 groups",
+    "17 to 65 channels",
+)
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+HALVES = (torch.float16, torch.bfloat16)
+tensor_core_cases = pytest.mark.parametrize(
+    "case", TENSOR_CORE_CASES.values(), ids=TENSOR_CORE_CASES.keys()
+)
+some_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return emulate(OP)
+
+
+@pytest.fixture(scope="module")
+def checked() -> Kernels:
+    return emulate(OP, checked=True)
+
+
+@all_cases
+def test_forward(kernels: Kernels, case: Case) -> None:
+    for order, dtype in zip((*ORDERS, "random"), DTYPES):
+        check_forward(kernels, case, dtype, (order,))
+
+
+@tensor_core_cases
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_forward_on_tensor_cores(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    assert packed_weight_bytes(kernels, case, case.tensors(dtype)) > 0
+    check_forward(kernels, case, dtype, ("random",))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: torch.dtype) -> None:
+    """A weight that permutes channels permutes them, to the bit: 128 in 4 vectors of 2 halves, to 128 in 2 tiles."""
+    case = Case(
+        1,
+        128,
+        128,
+        (5, 7),
+        (1, 1),
+        padding=(0, 0),
+        offset_groups=16,
+        channels_last=True,
+        mask=False,
+        bias=False,
+    )
+    tensors = case.tensors(dtype)
+    tensors[1] = tensors[1] * 0
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(3))
+    tensors[3] = torch.eye(128)[order].to(dtype).view(128, 128, 1, 1)
+    assert packed_weight_bytes(kernels, case, tensors) == 128 * 128 * 2
+    assert_same(forward(kernels, case, tensors), tensors[0][:, order])
+
+
+@all_cases
+def test_backward(kernels: Kernels, case: Case) -> None:
+    for order, dtype in zip((*ORDERS, "random"), DTYPES):
+        check_backward(kernels, case, dtype, (order,))
+
+
+@some_cases
+@dtypes
+def test_deterministic_backward_has_the_same_bits_in_any_order(
+    kernels: Kernels, case: Case, dtype: torch.dtype
+) -> None:
+    check_backward(kernels, case, dtype, deterministic=True)
+
+
+@some_cases
+def test_accesses(checked: Kernels, case: Case) -> None:
+    """Races, bounds, uninitialised reads and unwritten outputs, which the checked build sees."""
+    check_forward(checked, case, torch.float32, ("random",))
+    check_backward(checked, case, torch.float32, ("random",))
+    check_backward(checked, case, torch.float16, ("random",), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["4 steps, 72 outputs, 129 pixels", "half offsets, float mask, 96 channels in 3"]
+)
+def test_accesses_on_tensor_cores(checked: Kernels, name: str) -> None:
+    check_forward(checked, TENSOR_CORE_CASES[name], torch.bfloat16, ("random",))
+
+
+def test_weight_over_several_ranges_of_pixels(kernels: Kernels) -> None:
+    """Ranges have at least 32 steps of 16 pixels: 2 x 35 steps make three, the middle one in both images."""
+    case = Case(2, 2, 3, (28, 20), (1, 1), padding=(0, 0))
+    for dtype in (torch.float32, torch.float64):
+        check_backward(kernels, case, dtype, ORDERS[1:])
+
+
+@dtypes
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("far", [1e9, -3e38, math.inf, -math.inf])
+def test_far_offsets_sample_zeros(
+    kernels: Kernels, dtype: torch.dtype, far: float, deterministic: bool
+) -> None:
+    check_far_offsets(kernels, dtype, far, deterministic)
+
+
+@dtypes
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nan_offset_gives_nan_there_and_only_there(
+    kernels: Kernels, dtype: torch.dtype, axis: int, deterministic: bool
+) -> None:
+    check_nan_offset(kernels, dtype, axis, deterministic)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
+    check_wild_offsets_on_tensor_cores(kernels, dtype)
+
+
+def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:
+    check_slices_on_tensor_cores(kernels)
+
+
+@pytest.mark.parametrize("change", NOT_FOR_TENSOR_CORES, ids=str)
+def test_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
+    check_not_for_tensor_cores(kernels, change)
+
+
+@pytest.mark.parametrize("wanted", GRADS)
+def test_each_gradient_alone(kernels: Kernels, wanted: str) -> None:
+    check_gradient_alone(kernels, wanted)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_batch(kernels: Kernels, deterministic: bool) -> None:
+    check_empty_batch(kernels, deterministic)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_right_hand_derivative_at_integers_and_at_minus_one(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    """At n the slope is image[n + 1] - image[n], zero outside: seven points from -2 to 4 of a row of three."""
+    for axis in (0, 1):
+        vertical = axis == 0
+        case = Case(
+            1,
+            1,
+            1,
+            size=(3, 1) if vertical else (1, 3),
+            kernel=(1, 1),
+            padding=(2, 0) if vertical else (0, 2),
+            mask=False,
+            bias=False,
+        )
+        tensors = case.tensors(dtype)
+        tensors[0] = torch.tensor([3.0, 5.0, 11.0], dtype=dtype).view(tensors[0].shape)
+        tensors[1] = tensors[1] * 0
+        tensors[3] = torch.ones_like(tensors[3])
+        grad_output = torch.ones(1, 1, *case.out_size, dtype=dtype)
+        grad = backward(kernels, case, tensors, grad_output)["offset"]
+        assert grad[0, axis].flatten().tolist() == [0, 3, 2, 6, -11, 0, 0]
+        assert grad[0, 1 - axis].flatten().tolist() == [0, 0, -3, -5, -11, 0, 0]
+
+
+# ------------------------------------------------------------------------------------- fixed point
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_fixed_point_beside_a_huge_gradient(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Its rounding is relative to the bound of all contributions, 2^e: half of 2^-(61 - e - bits) each.
+
+    Integer offsets, one channel and a weight of 1: contributions are the elements of grad_output, and bits is 6 for
+    36 contributions. Doubles have 30 bits more.
+    """
+    case = Case(1, 1, 1, (6, 6), (1, 1), padding=(0, 0), mask=False, bias=False)
+    tensors = case.tensors(dtype)
+    tensors[1] = tensors[1].round()
+    tensors[3] = torch.ones_like(tensors[3])
+    grad_output = random_grad(case, tensors)
+    grad_output[0, 0, 3, 3] = 2.0**30
+    exact = backward(
+        kernels, case, tensors, grad_output.double() if dtype == DOUBLE else grad_output
+    )
+    actual = backward(kernels, case, tensors, grad_output, deterministic=True)
+    exponent = 31 + 1 + 1  # of grad_output, of the weight 1 and of a mask that is not there
+    shift = 61 - exponent - 6 + (30 if dtype == DOUBLE else 0)
+    small = exact["input"].abs() < 2**20
+    assert small.sum() == 35
+    error = (actual["input"] - exact["input"])[small].abs().max().item()
+    rounding = torch.finfo(dtype).eps * exact["input"][small].abs().max().item()
+    assert error <= 36 * 2.0 ** -(shift + 1) + 4 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_fixed_point_follows_the_scale(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
+    """A power of two nearby scales every bit of grad_input."""
+    case = CASES["offset groups straddle 3 groups"]
+    tensors = case.tensors(dtype)
+    factor = 2.0 ** round(math.log2(scale))
+    grad_output = random_grad(case, tensors)
+    plain = backward(kernels, case, tensors, grad_output, deterministic=True)["input"]
+    scaled = backward(kernels, case, tensors, grad_output * factor, deterministic=True)["input"]
+    assert_same(scaled, plain * factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wild", [math.inf, -math.inf, math.nan])
+def test_deterministic_gradient_that_is_not_finite_stays_where_it_goes(
+    kernels: Kernels, dtype: torch.dtype, wild: float
+) -> None:
+    case = replace(CASES["offset groups straddle 3 groups"], batch=1)
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case, tensors)
+    grad_output[0, 4, 2, 2] = wild  # the second of three groups
+    expected = backward(kernels, case, tensors, grad_output)["input"]
+    actual = [
+        backward(kernels, case, tensors, grad_output, deterministic=True, order=order)["input"]
+        for order in ORDERS
+    ]
+    assert 0 < (~actual[0].isfinite()).sum() < actual[0].numel()
+    assert_same(actual[0].isnan(), expected.isnan())
+    assert_same(actual[0].isinf(), expected.isinf())
+    for other in actual[1:]:
+        assert_same(actual[0], other)
