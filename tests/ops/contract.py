@@ -131,6 +131,14 @@ def _warp_backward(tensors: list[Tensor]) -> tuple[object, ...]:
     return (torch.ones_like(tensors[0]), *tensors, 0, 0, True, True, False)
 
 
+def _convolution_backward(tensors: list[Tensor]) -> tuple[object, ...]:
+    input, offset, mask, weight, _ = tensors
+    grad = input.new_ones((input.shape[0], weight.shape[0], *offset.shape[2:]))
+    return (grad, input, offset, mask, weight, *SAME_SIZE, *[True] * 5, False)
+
+
+SAME_SIZE = (1,) * 6  # stride, padding and dilation of a 3 x 3 kernel that keeps the size
+
 CONTRACTS = (
     Contract(
         "flow_warp",
@@ -153,6 +161,10 @@ CONTRACTS = (
         terms=4 * 72,
         coordinates=(1,),
         batched=(0, 1, 2),
+        raw={
+            "modulated_deform_conv2d_forward": lambda tensors: (*tensors, *SAME_SIZE),
+            "modulated_deform_conv2d_backward": _convolution_backward,
+        },
     ),
     Contract(
         "deform_align",
