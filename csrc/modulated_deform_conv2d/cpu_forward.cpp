@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/gemm_bf16.h"
 #include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
@@ -37,19 +38,24 @@ struct Forward {
   int row;    // of columns
   int out;    // out channels of a group, padded
   Buffer<A> weight, bias;  // bias: [group][out]
+  // With bfloat16 features and tiles: samples are rounded to bfloat16, as PyTorch's own convolution
+  // of them would be, and `tiles` is the weight of each chunk, from tiles_at on.
+  bool in_bf16;
+  Buffer<uint16_t> tiles;
+  std::vector<int64_t> tiles_at;
 };
 
 template <typename A>
 Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
     : segments(make_segments(p, p.channels)),
       chunks(make_chunks(segments, p.taps())),
-      block(p.out_channels <= 128   ? kMaxBlock
-            : p.out_channels <= 256 ? kMaxBlock / 2
-                                    : kMaxBlock / 4),
+      block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
       out(round_up(p.group_outputs(), kColumnPad)),
       weight(static_cast<size_t>(chunks.back().row + chunks.back().depth) * out),
-      bias(static_cast<size_t>(p.groups) * out) {
+      bias(static_cast<size_t>(p.groups) * out),
+      in_bf16(p.dtype == Dtype::kBFloat16 && has_bf16_tiles()),
+      tiles(0) {
   for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
   with_dtype<A>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -63,6 +69,19 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
           static_cast<A>(static_cast<const T*>(p.bias)[o]);
     }
   });
+  if constexpr (std::is_same_v<A, float>) {
+    if (!in_bf16) return;
+    int64_t size = 0;
+    for (const Chunk& chunk : chunks) {
+      tiles_at.push_back(size);
+      size += int64_t{round_up(chunk.depth, kBf16Depth)} * out;
+    }
+    tiles.resize(size);
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      pack_bf16(weight.data() + chunks[i].row * out, out, chunks[i].depth, out,
+                tiles.data() + tiles_at[i]);
+    }
+  }
 }
 
 // Rows of an image as [offset group][row][column][channel], padded.
@@ -114,9 +133,12 @@ struct Scratch {
   Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
       : columns(static_cast<size_t>(f.block) * f.row),
         sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
+        rounded(f.in_bf16 ? static_cast<size_t>(f.block) * round_up(f.row, kBf16Depth) : 0),
         zeros(round_up(p.offset_group_channels(), kChannelPad)),
         plan(1) {}
-  Buffer<A> columns, sums, zeros;
+  Buffer<A> columns, sums;
+  Buffer<uint16_t> rounded;  // columns in bfloat16
+  Buffer<A> zeros;
   Buffer<Plan<A>> plan;
 };
 
@@ -169,7 +191,8 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
       for (int i = 0; i < f.block; ++i) std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
     }
   }
-  for (const Chunk& chunk : f.chunks) {
+  for (size_t c = 0; c < f.chunks.size(); ++c) {
+    const Chunk& chunk = f.chunks[c];
     for (int64_t block = 0; block < blocks; ++block) {
       const Block b = block_of(block);
       plan_block(p, b, plan);
@@ -180,6 +203,14 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
         for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
           plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
           sample(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
+        }
+      }
+      if constexpr (std::is_same_v<A, float>) {
+        if (f.in_bf16) {
+          round_to_bf16(columns, f.row, b.count, chunk.depth, scratch.rounded.data());
+          multiply_bf16(scratch.rounded.data(), f.tiles.data() + f.tiles_at[c], b.count,
+                        chunk.depth, f.out, sums_of(block, chunk.group), f.out);
+          continue;
         }
       }
       multiply(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
