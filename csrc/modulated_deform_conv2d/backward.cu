@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = threadIdx.x, lane = thread % kPixels, slot = thread / kPixels;
   const int64_t pixel = first_pixel + lane;
   const bool active = pixel < pixels;  // the others stay for the barriers
-  const Sample<A> sample = make_sample<T>(p, n, active ? pixel : first_pixel, offset_group, tap);
+  const Sample<A> sample =
+      make_sample<T>(p, make_pixel(p, n, active ? pixel : first_pixel), offset_group, tap);
   FixedPoint<A> fixed;
   if constexpr (kFixed) fixed = make_fixed_point<A>(p);
 

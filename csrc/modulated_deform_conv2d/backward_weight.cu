@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
 
   for (int64_t step = begin; step < end; ++step) {
     const int64_t n = step / steps_per_image;
-    const int64_t pixel = (step - n * steps_per_image) * kDepth + lane;
-    const bool active = pixel < p.pixels();
+    const OutputPixel pixel = make_pixel(p, n, (step - n * steps_per_image) * kDepth + lane);
+    const bool active = pixel.index < p.pixels();
     Sample<A> sample = {};
     int sampled_group = -1;
 #pragma unroll
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
         const int of_input = group * group_channels + channel;
         const int offset_group = of_input / p.offset_group_channels();
         if (offset_group != sampled_group) {
-          sample = make_sample<T>(p, n, pixel, offset_group, tap);
+          sample = make_sample<T>(p, pixel, offset_group, tap);
           sampled_group = offset_group;
         }
         value = value_of<T>(
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
         value = to_accumulator(static_cast<const T*>(
             p.grad_output)[n * p.grad_output_stride[0] +
                            (int64_t{group} * group_outputs + output) * p.grad_output_stride[1] +
-                           pixel * p.grad_output_stride[2]]);
+                           pixel.index * p.grad_output_stride[2]]);
       }
       grads[lane][row + i] = value;
     }

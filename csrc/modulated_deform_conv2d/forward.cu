@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads)
 
   // Filling: a pixel and kPatch channels of samples, a channel and 4 output channels of weights.
   const int thread = threadIdx.x;
-  const int64_t sampled_pixel = first_pixel + thread % kPixels;
+  const OutputPixel sampled_pixel = make_pixel(p, n, first_pixel + thread % kPixels);
+  const bool is_pixel = sampled_pixel.index < pixels;
   const int sampled_depth = thread / kPixels * kPatch;
   const int weight_depth = thread % kDepth, weight_output = thread / kDepth;
   const T* image = static_cast<const T*>(p.input) + n * p.input_stride[0] +
@@ -64,10 +65,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kPatch; ++i) {
         const int channel = first + sampled_depth + i;
         A value = 0;
-        if (channel < group_channels && sampled_pixel < pixels) {
+        if (channel < group_channels && is_pixel) {
           const int offset_group = (group * group_channels + channel) / p.offset_group_channels();
           if (offset_group != sampled_group) {
-            sample = make_sample<T>(p, n, sampled_pixel, offset_group, tap);
+            sample = make_sample<T>(p, sampled_pixel, offset_group, tap);
             sampled_group = offset_group;
           }
           value = value_of<T>(p, sample, image + channel * p.input_stride[1]);

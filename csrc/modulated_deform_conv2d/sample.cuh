@@ -25,22 +25,30 @@ struct Sample {
   A mask;
 };
 
-// pixel is the output pixel within image n, in raster order; plane = offset group * taps + tap.
+// An output pixel; index counts those of image n in raster order.
+struct OutputPixel {
+  int64_t n, index;
+  int row, column;
+};
+
+DEVICE OutputPixel make_pixel(const ModulatedDeformConv2dParams& p, int64_t n, int64_t index) {
+  const int row = static_cast<int>(index / p.out_width);
+  return {n, index, row, static_cast<int>(index - int64_t{row} * p.out_width)};
+}
+
 template <typename T>
-DEVICE Sample<Accumulator<T>> make_sample(const ModulatedDeformConv2dParams& p, int64_t n,
-                                          int64_t pixel, int offset_group, int tap) {
+DEVICE Sample<Accumulator<T>> make_sample(const ModulatedDeformConv2dParams& p,
+                                          const OutputPixel& pixel, int offset_group, int tap) {
   using A = Accumulator<T>;
-  const int row = static_cast<int>(pixel / p.out_width);
-  const int column = static_cast<int>(pixel - int64_t{row} * p.out_width);
   const int64_t plane = int64_t{offset_group} * p.taps() + tap;
-  const int64_t dy =
-      n * p.offset_stride[0] + 2 * plane * p.offset_stride[1] + pixel * p.offset_stride[2];
+  const int64_t dy = pixel.n * p.offset_stride[0] + 2 * plane * p.offset_stride[1] +
+                     pixel.index * p.offset_stride[2];
   const bool offset_is_t = p.offset_dtype == p.dtype;
   // The regular position is exact in integers; like the CPU, round it once and add the offset.
   const int64_t base_y =
-      int64_t{row} * p.stride_h - p.padding_h + int64_t{tap / p.kernel_w} * p.dilation_h;
+      int64_t{pixel.row} * p.stride_h - p.padding_h + int64_t{tap / p.kernel_w} * p.dilation_h;
   const int64_t base_x =
-      int64_t{column} * p.stride_w - p.padding_w + int64_t{tap % p.kernel_w} * p.dilation_w;
+      int64_t{pixel.column} * p.stride_w - p.padding_w + int64_t{tap % p.kernel_w} * p.dilation_w;
   const A y = static_cast<A>(base_y) + load_coordinate<T>(p.offset, offset_is_t, dy);
   const A x =
       static_cast<A>(base_x) + load_coordinate<T>(p.offset, offset_is_t, dy + p.offset_stride[1]);
@@ -51,7 +59,7 @@ DEVICE Sample<Accumulator<T>> make_sample(const ModulatedDeformConv2dParams& p, 
   if (p.mask != nullptr) {
     sample.mask = load_coordinate<T>(
         p.mask, p.mask_dtype == p.dtype,
-        n * p.mask_stride[0] + plane * p.mask_stride[1] + pixel * p.mask_stride[2]);
+        pixel.n * p.mask_stride[0] + plane * p.mask_stride[1] + pixel.index * p.mask_stride[2]);
   }
   return sample;
 }
