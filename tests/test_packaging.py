@@ -108,7 +108,7 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_op_folder_joins_the_library_of_its_files() -> None:
-    cpu, cuda = SETUP.extension("_C", "cpu.cpp"), SETUP.extension("_C_cuda", "*.cu")
+    cpu, cuda = SETUP.extension("_C", "cpu*.cpp"), SETUP.extension("_C_cuda", "*.cu")
     assert {"csrc/module.cpp", "csrc/flow_warp/binding.cpp", "csrc/flow_warp/cpu.cpp"} <= set(
         cpu.sources
     )

@@ -1,5 +1,6 @@
-// Torch side of modulated_deform_conv2d: check, allocate, fill params, launch. Input, offset, mask and
-// grad_output come in any layout; what the kernels cannot read where it lies is made contiguous.
+// Torch side of modulated_deform_conv2d: check, allocate, fill params, launch. Input, offset, mask
+// and grad_output come in any layout; what the kernels cannot read where it lies is made
+// contiguous.
 #include <optional>
 #include <tuple>
 

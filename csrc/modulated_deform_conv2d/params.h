@@ -21,8 +21,8 @@ struct ModulatedDeformConv2dParams {
   int groups, offset_groups;
 
   const void* input;
-  int64_t input_stride[4];  // N, C, H, W
-  const void* offset;       // (dy, dx) pairs, (offset group, tap)
+  int64_t input_stride[4];   // N, C, H, W
+  const void* offset;        // (dy, dx) pairs, (offset group, tap)
   int64_t offset_stride[3];  // N, C, pixel
   const void* mask;          // (offset group, tap); null: all ones
   int64_t mask_stride[3];
