@@ -135,7 +135,7 @@ struct Scratch {
         grad_planes(0),
         plan(1) {}
   Buffer<A> columns, grad_columns, grad_output, grad_weight;
-  Buffer<A> grad_bias;            // of a block
+  Buffer<double> grad_bias;       // of a block
   Buffer<A> zeros, nowhere;       // what is read, and written, in place of pixels outside
   Buffer<A> window, grad_window;  // rows of input and of grad_input
   Buffer<A> grad_planes;          // of grad_offset and grad_mask, summed over several segments
@@ -243,13 +243,13 @@ void backward_block(const Task<A>& t, int index, const Piece& piece, const Owned
   if (mine && p.grad_bias != nullptr && s.group_low == 0) {
     A* bias =
         t.f.grad_bias.data() + int64_t{piece.slot} * p.out_channels + s.group * p.group_outputs();
-    // The block by itself first: a long sum of floats one by one loses digits.
-    A* sum = scratch.grad_bias.data();
-    std::fill_n(sum, t.f.out, A(0));
+    // The block by itself, in double: a long sum of floats one by one loses digits.
+    double* sum = scratch.grad_bias.data();
+    std::fill_n(sum, t.f.out, 0.0);
     for (int i = 0; i < b.count; ++i) {
       for (int o = 0; o < t.f.out; ++o) sum[o] += scratch.grad_output.data()[i * t.f.out + o];
     }
-    for (int o = 0; o < p.group_outputs(); ++o) bias[o] += sum[o];
+    for (int o = 0; o < p.group_outputs(); ++o) bias[o] += static_cast<A>(sum[o]);
   }
 }
 
