@@ -389,7 +389,7 @@ def _reference(present: list[bool], geometry: _Geometry) -> Any:
         input, offset, mask, weight, bias = (next(values) if there else None for there in present)
         assert input is not None and offset is not None and weight is not None
         out = reference.modulated_deform_conv2d(
-            input, offset, mask, weight, bias, geometry[:2], geometry[2:4], geometry[4:]
+            input, offset, mask, weight, bias, *zip(geometry[::2], geometry[1::2])
         )
         return out.to(tensors[0].dtype)
 

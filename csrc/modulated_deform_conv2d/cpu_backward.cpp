@@ -14,8 +14,7 @@
 // same bits whatever the number of threads and of bands.
 #include <torch/csrc/stable/ops.h>
 
-#include <climits>
-
+#include "modulated_deform_conv2d/backward_taps.h"
 #include "modulated_deform_conv2d/cut.h"
 #include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
@@ -26,8 +25,9 @@ namespace {
 // Channels that a task handles at a time: bounds its memory.
 constexpr int kMaxChannels = 64;
 // Parts of an image with sums of grad_weight of their own, at most; bounded by the memory of these.
-constexpr int kMaxSlots = 16;
-constexpr int64_t kSlotBytes = 16 << 20;
+constexpr int kMaxSlots = 32;
+constexpr int64_t kSlotBytes = 20 << 20;
+constexpr int64_t kSlotPixels = 768;  // at least: blocks are cut at the ends of slots
 // Of a band of grad_input in a task, at most where slots allow: in or near the second cache.
 constexpr int64_t kBandBytes = 4 << 20;
 
@@ -44,11 +44,11 @@ struct Backward {
   int columns_of(int segment) const { return segments[segment].stored * taps; }
 
   int taps, slots, bands;
-  int out;                                      // out channels of a group, padded
-  int max_columns, max_stored;                  // of a segment
+  int out;                      // out channels of a group, padded
+  int max_columns, max_stored;  // of a segment
   std::vector<Segment> segments;
-  std::vector<int64_t> weight_at, grad_at;      // where a segment begins in weight, in a slot
-  std::vector<Piece> pieces;                    // of an image, in order
+  std::vector<int64_t> weight_at, grad_at;  // where a segment begins in weight, in a slot
+  std::vector<Piece> pieces;                // of an image, in order
   int64_t slot_size;
   Buffer<A> weight;       // [segment][out channel][tap][channel], rows padded
   Buffer<A> grad_weight;  // [slot][segment][tap][channel][out channel]
@@ -58,7 +58,7 @@ struct Backward {
 int slots_of(const ModulatedDeformConv2dParams& p, int64_t weight_bytes) {
   int slots = 1;
   while (2 * slots <= kMaxSlots && 2 * slots <= std::min(p.out_height, p.height) &&
-         2 * slots * weight_bytes <= kSlotBytes) {
+         2 * slots * kSlotPixels <= p.pixels() && 2 * slots * weight_bytes <= kSlotBytes) {
     slots *= 2;
   }
   return slots;
@@ -127,6 +127,7 @@ struct Scratch {
         grad_columns(static_cast<size_t>(kMaxBlock) * round_up(f.max_columns, kColumnPad)),
         grad_output(static_cast<size_t>(kMaxBlock) * f.out),
         grad_weight(static_cast<size_t>(round_up(f.max_columns, kRowPad)) * f.out),
+        grad_bias(f.out),
         zeros(f.max_stored),
         nowhere(f.max_stored),
         window(0),
@@ -134,12 +135,13 @@ struct Scratch {
         grad_planes(0),
         plan(1) {}
   Buffer<A> columns, grad_columns, grad_output, grad_weight;
+  Buffer<double> grad_bias;       // of a block
   Buffer<A> zeros, nowhere;       // what is read, and written, in place of pixels outside
   Buffer<A> window, grad_window;  // rows of input and of grad_input
   Buffer<A> grad_planes;          // of grad_offset and grad_mask, summed over several segments
   Buffer<Plan<A>> plan;
-  alignas(64) A dots[kMaxBlock][4];   // of the four corners with grad_sample
-  alignas(64) A grad[3][kMaxBlock];   // dy, dx, mask
+  alignas(64) A dots[kMaxBlock][4];  // of the four corners with grad_sample
+  alignas(64) A grad[3][kMaxBlock];  // dy, dx, mask
 };
 
 // One task, with what its parts share.
@@ -160,8 +162,6 @@ struct Task {
   }
 };
 
-// ---- inner loops
-
 // Rows of grad_output of a block, padded with zeros.
 template <typename A>
 void read_grad_output(const ModulatedDeformConv2dParams& p, const Block& b, int group, A* grad,
@@ -172,121 +172,10 @@ void read_grad_output(const ModulatedDeformConv2dParams& p, const Block& b, int 
                 b.count, p.group_outputs(), grad, row);
 }
 
-// The samples of one tap, and their corners' dots with grad_sample.
-template <typename L, typename A>
-MAFNET_INLINE void gather_tap_at_level(const ModulatedDeformConv2dParams& p, const Block b,
-                              const Source<A> source, const Plan<A>& plan, int channels_,
-                              const A* zeros, const A* grad, int64_t grad_row, A* columns,
-                              int64_t row, A (*dots)[4]) {
-  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
-    for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
-      const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
-      const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
-      VectorOf<A, 4> sums{};
-      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const V v0 = load<V>(at.at[0] + c), v1 = load<V>(at.at[1] + c);
-        const V v2 = load<V>(at.at[2] + c), v3 = load<V>(at.at[3] + c);
-        const V g = load<V>(grad + i * grad_row + c);
-        store<V>(columns + i * row + c, w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3);
-        sums += sums_of<A, V>(g * v0, g * v1, g * v2, g * v3);
-      });
-      store(dots[i], sums);
-    });
-  });
-}
-
-template <typename A>
-void gather_tap(const ModulatedDeformConv2dParams& p, const Block& b,
-                              const Source<A>& source, const Plan<A>& plan, int channels,
-                              const A* zeros, const A* grad, int64_t grad_row, A* columns,
-                              int64_t row, A (*dots)[4]) {
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    gather_tap_at_level<decltype(level)>(p, b, source, plan, channels, zeros, grad, grad_row, columns, row, dots);
-  });
-}
-
-// grad_sample of one tap into the corners of grad_input that lie in the band. NaN weights send
-// nothing.
-template <typename L, typename A>
-MAFNET_INLINE void scatter_tap_at_level(const Task<A> t, const Block b, A* grad_input, int64_t row_stride,
-                               int64_t column_stride, const Plan<A>& plan, int channels_,
-                               const A* grad, int64_t grad_row) {
-  const int begin_row = t.band_begin(), end_row = t.band_end();
-  A* nowhere = t.scratch.nowhere.data();
-  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
-    const auto add = [&](int i, A* const (&to)[4]) MAFNET_INLINE_LAMBDA {
-      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const V g = load<V>(grad + i * grad_row + c);
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          store<V>(to[k] + c, load<V>(to[k] + c) + plan.weight[k][i] * g);
-        }
-      });
-    };
-    for (int begin = 0; begin < b.count; begin += kChunk) {
-      const int end = std::min(b.count, begin + kChunk);
-      bool inside = plan.inside[begin / kChunk];
-      if (t.ranges != nullptr) {
-        int low = INT_MAX, high = INT_MIN;
-        for (int i = begin; i < end; ++i) {
-          low = std::min(low, plan.y[i]);
-          high = std::max(high, plan.y[i]);
-        }
-        inside = inside && low >= begin_row && high + 1 < end_row;
-      }
-      if (inside) {
-        for (int i = begin; i < end; ++i) {
-          A* top = grad_input + plan.offset[i];
-          A* bottom = top + row_stride;
-          A* const to[4] = {top, top + column_stride, bottom, bottom + column_stride};
-          add(i, to);
-        }
-        continue;
-      }
-      for (int i = begin; i < end; ++i) {
-        A* to[4];
-        for (int k = 0; k < 4; ++k) {
-          const int y = plan.y[i] + k / 2;
-          const bool used = corner_is_inside(t.p.height, t.p.width, plan.y[i], plan.x[i], k) &&
-                            y >= begin_row && y < end_row;
-          to[k] = used ? grad_input + plan.offset[i] + k / 2 * row_stride + k % 2 * column_stride
-                       : nowhere;
-        }
-        if (plan.part_y[i] == plan.part_y[i] && plan.part_x[i] == plan.part_x[i]) add(i, to);
-      }
-    }
-  });
-}
-
-template <typename A>
-void scatter_tap(const Task<A>& t, const Block& b, A* grad_input, int64_t row_stride,
-                               int64_t column_stride, const Plan<A>& plan, int channels,
-                               const A* grad, int64_t grad_row) {
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    scatter_tap_at_level<decltype(level)>(t, b, grad_input, row_stride, column_stride, plan, channels, grad, grad_row);
-  });
-}
-
-// grad[0..2] = of dy, dx and mask, from the dots of the corners. Those outside have dot 0, so that
-// the slopes of all cells are alike; at an integer that is the slope of the cell [n, n + 1).
-template <typename A>
-MAFNET_INLINE void combine_dots(int count, const Plan<A>& plan, const A (*dots)[4],
-                                A (*grad)[kMaxBlock]) {
-  for (int i = 0; i < count; ++i) {
-    const A d0 = dots[i][0], d1 = dots[i][1], d2 = dots[i][2], d3 = dots[i][3];
-    const A ty = plan.part_y[i], tx = plan.part_x[i], m = plan.mask[i];
-    grad[0][i] = m * ((1 - tx) * (d2 - d0) + tx * (d3 - d1));
-    grad[1][i] = m * ((1 - ty) * (d1 - d0) + ty * (d3 - d2));
-    grad[2][i] = (1 - ty) * ((1 - tx) * d0 + tx * d1) + ty * ((1 - tx) * d2 + tx * d3);
-  }
-}
-
 // ---- one block
 
-// A plane of grad_offset (dy, dx) or grad_mask of a tap of the task's offset group, from a pixel on, as
-// one pixel whose channels lie side by side; null where it is not wanted.
+// A plane of grad_offset (dy, dx) or grad_mask of a tap of the task's offset group, from a pixel
+// on, as one pixel whose channels lie side by side; null where it is not wanted.
 template <typename A>
 Elements<void*> grad_plane(const Task<A>& t, int tap, int kind, int64_t pixel) {
   const ModulatedDeformConv2dParams& p = t.p;
@@ -309,8 +198,8 @@ struct Owned {
 };
 
 template <typename A>
-void backward_block(const Task<A>& t, int index, const Piece& piece,
-                                  const Owned<A>& owned, const Source<A>& source, A* grad_input) {
+void backward_block(const Task<A>& t, int index, const Piece& piece, const Owned<A>& owned,
+                    const Source<A>& source, A* grad_input) {
   const ModulatedDeformConv2dParams& p = t.p;
   const Segment& s = t.f.segments[index];
   Scratch<A>& scratch = t.scratch;
@@ -321,15 +210,15 @@ void backward_block(const Task<A>& t, int index, const Piece& piece,
   const bool mine = t.owns(piece);
   read_grad_output(p, b, s.group, scratch.grad_output.data(), t.f.out);
   multiply(Matrix<A>{scratch.grad_output.data(), t.f.out, 1},
-              t.f.weight.data() + t.f.weight_at[index], grad_row, b.count, p.group_outputs(),
-              grad_row, scratch.grad_columns.data(), grad_row, false);
+           t.f.weight.data() + t.f.weight_at[index], grad_row, b.count, p.group_outputs(), grad_row,
+           scratch.grad_columns.data(), grad_row, false);
   plan_block(p, b, plan);
   for (int k = 0; k < p.taps(); ++k) {
     const A* grad = scratch.grad_columns.data() + k * s.stored;
     plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
     if (mine && t.needs_samples()) {
       gather_tap(p, b, source, plan, s.stored, scratch.zeros.data(), grad, grad_row,
-                    scratch.columns.data() + k * s.stored, row, scratch.dots);
+                 scratch.columns.data() + k * s.stored, row, scratch.dots);
       combine_dots(b.count, plan, scratch.dots, scratch.grad);
       for (int kind = 0; kind < 3; ++kind) {
         const Elements<void*> to = grad_plane(t, k, kind, b.first);
@@ -343,22 +232,24 @@ void backward_block(const Task<A>& t, int index, const Piece& piece,
       }
     }
     if (p.grad_input != nullptr) {
-      scatter_tap(t, b, grad_input, source.row_stride, source.column_stride, plan, s.stored,
-                     grad, grad_row);
+      scatter_tap(p, {t.band_begin(), t.band_end()}, b, grad_input, scratch.nowhere.data(),
+                  source.row_stride, source.column_stride, plan, s.stored, grad, grad_row);
     }
   }
   if (mine && p.grad_weight != nullptr) {
     multiply(Matrix<A>{scratch.columns.data(), 1, row}, scratch.grad_output.data(), t.f.out,
-                columns, b.count, t.f.out, scratch.grad_weight.data(), t.f.out, true);
+             columns, b.count, t.f.out, scratch.grad_weight.data(), t.f.out, true);
   }
   if (mine && p.grad_bias != nullptr && s.group_low == 0) {
-    A* bias = t.f.grad_bias.data() + int64_t{piece.slot} * p.out_channels +
-              s.group * p.group_outputs();
+    A* bias =
+        t.f.grad_bias.data() + int64_t{piece.slot} * p.out_channels + s.group * p.group_outputs();
+    // The block by itself, in double: a long sum of floats one by one loses digits.
+    double* sum = scratch.grad_bias.data();
+    std::fill_n(sum, t.f.out, 0.0);
     for (int i = 0; i < b.count; ++i) {
-      for (int o = 0; o < p.group_outputs(); ++o) {
-        bias[o] += scratch.grad_output.data()[i * t.f.out + o];
-      }
+      for (int o = 0; o < t.f.out; ++o) sum[o] += scratch.grad_output.data()[i * t.f.out + o];
     }
+    for (int o = 0; o < p.group_outputs(); ++o) bias[o] += static_cast<A>(sum[o]);
   }
 }
 
@@ -372,8 +263,8 @@ void read_window(const Task<A>& t, const Segment& s, const RowRange& rows) {
   t.scratch.window.resize((rows.high - rows.low) * row_stride, s.stored != s.channels);
   const int64_t channel = int64_t{s.offset_group} * p.offset_group_channels() + s.low;
   for (int64_t y = rows.low; y < rows.high; ++y) {
-    const int64_t first = t.n * p.input_stride[0] + channel * p.input_stride[1] +
-                          y * p.input_stride[2];
+    const int64_t first =
+        t.n * p.input_stride[0] + channel * p.input_stride[1] + y * p.input_stride[2];
     gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
                   s.channels, t.scratch.window.data() + (y - rows.low) * row_stride,
                   int64_t{s.stored});
@@ -495,7 +386,8 @@ void sum_slots(const ModulatedDeformConv2dParams& p, const Backward<A>& f) {
       for_weights(p, f.segments, [&](int s, int column, int o, int64_t at) {
         A sum = 0;
         for (int slot = 0; slot < f.slots; ++slot) {
-          sum += f.grad_weight.data()[slot * f.slot_size + f.grad_at[s] + int64_t{column} * f.out + o];
+          sum +=
+              f.grad_weight.data()[slot * f.slot_size + f.grad_at[s] + int64_t{column} * f.out + o];
         }
         static_cast<T*>(p.grad_weight)[at] = static_cast<T>(sum);
       });

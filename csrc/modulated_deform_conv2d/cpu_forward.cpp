@@ -5,8 +5,8 @@
 // Output pixels go in blocks of one image, one task each. Of a block the samples of some 64 to 96
 // channels and taps are written side by side, columns[pixel][offset group][tap][channel]; a matrix
 // product with the packed weight follows and adds to the block's sums. No column buffer of the
-// image ever exists. All taps of an offset group come together, as they read the same few rows: with
-// taps outside and offset groups inside nearly every sample missed the first cache.
+// image ever exists. All taps of an offset group come together, as they read the same few rows:
+// with taps outside and offset groups inside nearly every sample missed the first cache.
 //
 // For the same reason the input is first rewritten as [offset group][row][column][channel] in the
 // accumulators' type: small images whole, large ones in bands of output rows, each with the rows of
@@ -34,9 +34,9 @@ struct Forward {
 
   std::vector<Segment> segments;
   std::vector<Chunk> chunks;
-  int block;  // pixels
-  int row;    // of columns
-  int out;    // out channels of a group, padded
+  int block;               // pixels
+  int row;                 // of columns
+  int out;                 // out channels of a group, padded
   Buffer<A> weight, bias;  // bias: [group][out]
   // With bfloat16 features and tiles: samples are rounded to bfloat16, as PyTorch's own convolution
   // of them would be, and `tiles` is the weight of each chunk, from tiles_at on.
@@ -169,8 +169,9 @@ void sample(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A
   });
 }
 
-// The output pixels first .. end of image n, kRun blocks at most, chunk by chunk: what a chunk reads of the image, of the offsets
-// and of the weight stays in the caches from one block to the next.
+// The output pixels first .. end of image n, kRun blocks at most, chunk by chunk: what a chunk
+// reads of the image, of the offsets and of the weight stays in the caches from one block to the
+// next.
 template <typename A>
 void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, int64_t n,
                     int64_t first, int64_t end, const Window<A>& window, Scratch<A>& scratch) {
@@ -188,7 +189,8 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
   for (int64_t block = 0; block < blocks; ++block) {
     for (int group = 0; group < p.groups; ++group) {
       A* sums = sums_of(block, group);
-      for (int i = 0; i < f.block; ++i) std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
+      for (int i = 0; i < f.block; ++i)
+        std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
     }
   }
   for (size_t c = 0; c < f.chunks.size(); ++c) {
@@ -214,7 +216,7 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
         }
       }
       multiply(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
-                  chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
+               chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
     }
   }
   for (int64_t block = 0; block < blocks; ++block) {
@@ -264,22 +266,21 @@ void forward(const ModulatedDeformConv2dParams& p) {
   for (int64_t n = 0; n < p.batch; ++n) {
     for (int64_t row = 0; row < p.out_height; row += band) {
       const int64_t end_row = std::min<int64_t>(p.out_height, row + band);
-      const RowRange rows =
-          whole ? RowRange{0, p.height} : touched_rows<A>(p, n, row, end_row);
+      const RowRange rows = whole ? RowRange{0, p.height} : touched_rows<A>(p, n, row, end_row);
       read_window(p, n, rows, window);
       const int64_t first = row * p.out_width, end = end_row * p.out_width;
       const int64_t blocks = (end - first + f.block - 1) / f.block;
       // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
       const int64_t run =
           f.block * std::clamp<int64_t>(blocks / (4 * torch::stable::get_num_threads()), 1, kRun);
-      torch::stable::parallel_for(0, (end - first + run - 1) / run, 1, [&](int64_t begin,
-                                                                           int64_t stop) {
-        Scratch<A> scratch(p, f);
-        for (int64_t task = begin; task < stop; ++task) {
-          forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
-                         window, scratch);
-        }
-      });
+      torch::stable::parallel_for(
+          0, (end - first + run - 1) / run, 1, [&](int64_t begin, int64_t stop) {
+            Scratch<A> scratch(p, f);
+            for (int64_t task = begin; task < stop; ++task) {
+              forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
+                             window, scratch);
+            }
+          });
     }
   }
 }

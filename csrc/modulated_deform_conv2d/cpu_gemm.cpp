@@ -1,7 +1,7 @@
-// The matrix products of modulated_deform_conv2d on the CPU: tiles of sums in registers, as large as
-// the registers allow. Measured on one core of a Xeon with AVX-512: the time of oneDNN's convolution.
+// The matrix products of modulated_deform_conv2d on the CPU: tiles of sums in registers, as large
+// as the registers allow. Measured on one core of a Xeon with AVX-512: the time of oneDNN's
+// convolution.
 #include "modulated_deform_conv2d/gemm.h"
-
 #include "modulated_deform_conv2d/vectors.h"
 
 namespace mafnet {
@@ -10,7 +10,11 @@ namespace {
 // Rows of a tile of V vectors: as many sums as registers allow, and more rows where V is small, so
 // that enough sums are under way to hide the latency of a multiply-add.
 template <int V>
-constexpr int kTileRows = V == 5 ? 4 : V == 4 ? 6 : V == 3 ? 8 : V == 2 ? 6 : 12;
+constexpr int kTileRows = V == 5   ? 4
+                          : V == 4 ? 6
+                          : V == 3 ? 8
+                          : V == 2 ? 6
+                                   : 12;
 
 template <int R, int V, typename L, typename A>
 MAFNET_INLINE void multiply_tile(const Matrix<A> a, const A* b, int64_t b_row, int depth, A* c,
@@ -45,8 +49,8 @@ MAFNET_INLINE void multiply_tile(const Matrix<A> a, const A* b, int64_t b_row, i
 }
 
 template <int V, typename L, typename A>
-MAFNET_INLINE void multiply_panel(const Matrix<A> a, const A* b, int64_t b_row, int rows,
-                                  int depth, A* c, int64_t c_row, bool add) {
+MAFNET_INLINE void multiply_panel(const Matrix<A> a, const A* b, int64_t b_row, int rows, int depth,
+                                  A* c, int64_t c_row, bool add) {
   for (int m = 0; m < rows; m += kTileRows<V>) {
     const Matrix<A> left{a.data + m * a.row_stride, a.row_stride, a.column_stride};
     multiply_tile<kTileRows<V>, V, L>(left, b, b_row, depth, c + m * c_row, c_row, add);
@@ -54,8 +58,8 @@ MAFNET_INLINE void multiply_panel(const Matrix<A> a, const A* b, int64_t b_row, 
 }
 
 template <typename L, typename A>
-MAFNET_INLINE void multiply_panels(const Matrix<A> a, const A* b, int64_t b_row, int rows, int depth,
-                            int columns, A* c, int64_t c_row, bool add) {
+MAFNET_INLINE void multiply_panels(const Matrix<A> a, const A* b, int64_t b_row, int rows,
+                                   int depth, int columns, A* c, int64_t c_row, bool add) {
   constexpr int kLanes = L::kBytes / sizeof(A);
   constexpr int kWidest = L::kTileVectors;
   int n = 0;

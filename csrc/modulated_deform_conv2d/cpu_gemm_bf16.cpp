@@ -1,7 +1,6 @@
 // Matrix products in bfloat16 by tile registers: 16 times the products per clock of float vectors.
-#include "modulated_deform_conv2d/gemm_bf16.h"
-
 #include "common/simd.h"
+#include "modulated_deform_conv2d/gemm_bf16.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define MAFNET_HAS_TILES 1

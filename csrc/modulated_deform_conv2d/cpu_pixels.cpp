@@ -1,8 +1,7 @@
 // Pixels of modulated_deform_conv2d from tensors and into them.
-#include "modulated_deform_conv2d/pixels.h"
-
 #include <algorithm>
 
+#include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/vectors.h"
 
 namespace mafnet {
@@ -13,8 +12,8 @@ constexpr int kTile = 16;
 
 // to[i * to_row + c] = from[i * from_row + c * from_channel] for count pixels i.
 template <typename From, typename To>
-MAFNET_INLINE void gather_typed(const From* from, int64_t from_row, int64_t from_channel,
-                                 int count, int channels, To* to, int64_t to_row) {
+MAFNET_INLINE void gather_typed(const From* from, int64_t from_row, int64_t from_channel, int count,
+                                int channels, To* to, int64_t to_row) {
   if (from_channel == 1) {
     with_channels(channels, [&](auto constant) MAFNET_INLINE_LAMBDA {
       for (int i = 0; i < count; ++i) {
@@ -55,7 +54,7 @@ MAFNET_INLINE void gather_typed(const From* from, int64_t from_row, int64_t from
 // to[i * to_row + c * to_channel] = from[i * from_row + c] for count pixels i.
 template <typename From, typename To>
 MAFNET_INLINE void scatter_typed(const From* from, int64_t from_row, int count, int channels,
-                                  To* to, int64_t to_row, int64_t to_channel) {
+                                 To* to, int64_t to_row, int64_t to_channel) {
   if (to_channel == 1) {
     for (int i = 0; i < count; ++i) {
       for (int c = 0; c < channels; ++c) {

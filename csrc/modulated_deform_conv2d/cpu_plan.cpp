@@ -1,9 +1,8 @@
 // The positions of a block's samples.
-#include "modulated_deform_conv2d/plan.h"
-
 #include <cmath>
 
 #include "modulated_deform_conv2d/pixels.h"
+#include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {
 namespace {
@@ -85,7 +84,8 @@ MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, const So
     plan.mask[i] = m;
     plan.offset[i] = row * row_stride + column * column_stride;
   }
-  // A loop of its own: with the comparisons in the one above the compiler makes scalar code of both.
+  // A loop of its own: with the comparisons in the one above the compiler makes scalar code of
+  // both.
   for (int chunk = 0; chunk * kChunk < count; ++chunk) {
     int outside = 0;
     for (int i = chunk * kChunk; i < (chunk + 1) * kChunk; ++i) {
@@ -143,8 +143,8 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
   for (int k = 0; k < p.taps(); ++k) {
     plan_tap(p, b, Source<A>{nullptr, 0, 0}, offset_group * p.taps() + k, plan);
     for (int i = 0; i < b.count; ++i) {
-      const bool used = plan.y[i] >= -1 && plan.y[i] < p.height && plan.x[i] >= -1 &&
-                        plan.x[i] < p.width;
+      const bool used =
+          plan.y[i] >= -1 && plan.y[i] < p.height && plan.x[i] >= -1 && plan.x[i] < p.width;
       low = std::min(low, used ? plan.y[i] : p.height);
       high = std::max(high, used ? plan.y[i] : -1);
     }

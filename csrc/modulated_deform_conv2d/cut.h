@@ -12,21 +12,21 @@
 
 namespace mafnet {
 
-// Channels of an image that is rewritten for sampling go by four, so that vectors have no remainder;
-// what is added is zero.
+// Channels of an image that is rewritten for sampling go by four, so that vectors have no
+// remainder; what is added is zero.
 constexpr int kChannelPad = 4;
 
 // Products per element of a matrix product: enough to pay for reading and writing the sums.
 constexpr int kDepth = 64;
 
-// The channels that an offset group and a group of the convolution share. They take `stored` columns
-// per tap: the padding of the offset group too, where the segment is all of it.
+// The channels that an offset group and a group of the convolution share. They take `stored`
+// columns per tap: the padding of the offset group too, where the segment is all of it.
 struct Segment {
   int offset_group, group;
-  int low;       // in the offset group
-  int group_low; // in the group
+  int low;        // in the offset group
+  int group_low;  // in the group
   int channels, stored;
-  int64_t row;   // of the packed weight, where its columns of all taps begin
+  int64_t row;  // of the packed weight, where its columns of all taps begin
 };
 
 // The segments in the order of their channels, none of more than max_channels.

@@ -40,14 +40,14 @@ struct Source {
 
 template <typename A>
 struct Plan {
-  A base_y[kMaxBlock], base_x[kMaxBlock];    // where the pixels begin, without tap and offset
-  int64_t offset[kMaxBlock];                 // of the corner (y, x) in the source
-  int y[kMaxBlock], x[kMaxBlock];            // its row and column, perhaps outside
-  A part_y[kMaxBlock], part_x[kMaxBlock];    // the distance from that corner; NaN where unknown
+  A base_y[kMaxBlock], base_x[kMaxBlock];  // where the pixels begin, without tap and offset
+  int64_t offset[kMaxBlock];               // of the corner (y, x) in the source
+  int y[kMaxBlock], x[kMaxBlock];          // its row and column, perhaps outside
+  A part_y[kMaxBlock], part_x[kMaxBlock];  // the distance from that corner; NaN where unknown
   A mask[kMaxBlock];
-  A weight[4][kMaxBlock];  // of (y, x) (y, x + 1) (y + 1, x) (y + 1, x + 1), times mask
+  A weight[4][kMaxBlock];           // of (y, x) (y, x + 1) (y + 1, x) (y + 1, x + 1), times mask
   bool inside[kMaxBlock / kChunk];  // all cells of a chunk
-  A planes[3][kMaxBlock];  // dy, dx and mask where they need converting
+  A planes[3][kMaxBlock];           // dy, dx and mask where they need converting
 };
 
 // Where the pixels of a block begin; first of all for a block.

@@ -14,7 +14,8 @@
 #include "common/dtype.h"
 #include "common/simd.h"
 
-// Wide vectors pass between functions here only where those are inlined: there is no ABI to warn of.
+// Wide vectors pass between functions here only where those are inlined: there is no ABI to warn
+// of.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace mafnet {
@@ -64,8 +65,8 @@ MAFNET_INLINE void store(A* p, const V& v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Calls body(Type<V>{}, c) for the channels c, c + 1, ... that one vector V holds, the widest first; what
-// is left goes one by one, with A for V.
+// Calls body(Type<V>{}, c) for the channels c, c + 1, ... that one vector V holds, the widest
+// first; what is left goes one by one, with A for V.
 template <typename L, typename A, typename Body>
 MAFNET_INLINE void for_channels(int channels, const Body& body) {
   constexpr int kWidest = L::kBytes / sizeof(A);
@@ -143,8 +144,8 @@ MAFNET_INLINE VectorOf<A, 4> sums_of(const V& a, const V& b, const V& c, const V
   }
 }
 
-// Memory that begins on a cache line; zeroed unless told otherwise. What is large lies on huge pages
-// where the system lets it: samples jump about, and with small pages they miss the TLB.
+// Memory that begins on a cache line; zeroed unless told otherwise. What is large lies on huge
+// pages where the system lets it: samples jump about, and with small pages they miss the TLB.
 template <typename T>
 class Buffer {
  public:
