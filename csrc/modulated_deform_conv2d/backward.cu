@@ -153,29 +153,33 @@ __global__ void __launch_bounds__(kThreads)
 int launch_samples(const ModulatedDeformConv2dParams& p, void* stream) {
   const int64_t blocks =
       p.batch * ceil_div(p.pixels(), kPixels) * p.offset_groups * int64_t{p.taps()};
+  if (blocks == 0) return 0;
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return launch(p.fixed_sums == nullptr
-                      ? modulated_deform_conv2d_backward_samples_kernel<T, false>
-                      : modulated_deform_conv2d_backward_samples_kernel<T, true>,
-                  grid_of(blocks), dim3(kThreads), 0, stream, p);
+    if (p.fixed_sums == nullptr) {
+      return launch(modulated_deform_conv2d_backward_samples_kernel<T, false>, grid_of(blocks),
+                    dim3(kThreads), 0, stream, p);
+    }
+    int status = launch_backward_exponents(p, stream);
+    if (status != 0) return status;
+    status = launch(modulated_deform_conv2d_backward_samples_kernel<T, true>, grid_of(blocks),
+                    dim3(kThreads), 0, stream, p);
+    if (status != 0) return status;
+    return launch_backward_add_fixed_sums(p, stream);
   });
 }
 
 }  // namespace
 
 int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& p, void* stream) {
-  const bool any = p.batch * p.pixels() > 0;
-  const bool fixed = p.grad_input != nullptr && p.fixed_sums != nullptr;
   int status = 0;
-  if (any && fixed) status = launch_backward_exponents(p, stream);
-  if (status == 0 && any &&
-      (p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr)) {
+  if (p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr) {
     status = launch_samples(p, stream);
   }
-  if (status == 0 && any && fixed) status = launch_backward_add_fixed_sums(p, stream);
-  if (status == 0 && p.grad_weight != nullptr) status = launch_backward_weight(p, stream);
-  if (status == 0 && p.grad_bias != nullptr) status = launch_backward_bias(p, stream);
+  if (status != 0) return status;
+  if (p.grad_weight != nullptr) status = launch_backward_weight(p, stream);
+  if (status != 0) return status;
+  if (p.grad_bias != nullptr) status = launch_backward_bias(p, stream);
   return status;
 }
 

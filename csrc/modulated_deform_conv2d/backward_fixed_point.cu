@@ -5,6 +5,8 @@
 // Exponents: a block takes kThreads elements (columns of weight) at a time, a thread one, and the
 // block's largest goes by one atomic maximum, which commutes, to exponents[]. grad_output and mask
 // are read once. Sums: one thread per element, which reads its integers and adds to grad_input.
+#include <algorithm>
+
 #include "modulated_deform_conv2d/backward.cuh"
 #include "modulated_deform_conv2d/fixed_point.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
@@ -12,7 +14,7 @@
 namespace mafnet {
 namespace {
 
-constexpr int kLargestGrid = 4096;  // blocks of the exponents' kernels: many waves of any GPU
+constexpr int64_t kLargestGrid = 4096;  // blocks of the exponents' kernels: many waves of any GPU
 
 // The least e with |v| < 2^e, biased; 0 for zero and for what is not finite.
 template <typename A>
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
                       (i - group * columns);
     for (int o = 0; o < p.group_outputs(); ++o) {
       const A v = to_accumulator(weight[o * columns]);
-      if (v - v == 0) sum += v < 0 ? -v : v;
+      if (v - v == 0) sum += fabs(v);
     }
     if (!(sum - sum == 0)) sum = static_cast<A>(ldexp(1.0, kLargestShift<A>));
   }
@@ -98,15 +100,14 @@ int launch_exponent(const ModulatedDeformConv2dParams& p, const void* data, Dtyp
                     int64_t channels, const int64_t (&stride)[3], int* target, void* stream) {
   const int64_t blocks = ceil_div(p.batch * channels * p.pixels(), kThreads);
   if (blocks == 0) return 0;
-  return launch(modulated_deform_conv2d_exponent_kernel<T>,
-                grid_of(blocks < kLargestGrid ? blocks : kLargestGrid), dim3(kThreads), 0, stream,
-                data, dtype == p.dtype, p.batch, channels, p.pixels(), stride[0], stride[1],
-                stride[2], target);
+  return launch(modulated_deform_conv2d_exponent_kernel<T>, grid_of(std::min(blocks, kLargestGrid)),
+                dim3(kThreads), 0, stream, data, dtype == p.dtype, p.batch, channels, p.pixels(),
+                stride[0], stride[1], stride[2], target);
 }
 
 }  // namespace
 
-int modulated_deform_conv2d_fixed_limbs(Dtype dtype) { return dtype == Dtype::kFloat64 ? 2 : 1; }
+int modulated_deform_conv2d_fixed_limbs(Dtype dtype) { return 1 + (dtype == Dtype::kFloat64); }
 
 int launch_backward_exponents(const ModulatedDeformConv2dParams& p, void* stream) {
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
@@ -117,7 +118,8 @@ int launch_backward_exponents(const ModulatedDeformConv2dParams& p, void* stream
     const int64_t columns = int64_t{p.channels} * p.taps();
     status = launch(modulated_deform_conv2d_weight_exponent_kernel<T>,
                     grid_of(ceil_div(columns, kThreads)), dim3(kThreads), 0, stream, p);
-    if (status != 0 || p.mask == nullptr) return status;
+    if (status != 0) return status;
+    if (p.mask == nullptr) return 0;
     return launch_exponent<T>(p, p.mask, p.mask_dtype, int64_t{p.offset_groups} * p.taps(),
                               p.mask_stride, p.exponents + kOfMask, stream);
   });

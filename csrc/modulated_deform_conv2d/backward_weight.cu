@@ -10,6 +10,8 @@
 // kChannels channels.
 //
 // grad_bias: one block per output channel, whose threads stride over the pixels.
+#include <algorithm>
+
 #include "modulated_deform_conv2d/backward.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
 
@@ -45,9 +47,7 @@ int64_t range_count(const ModulatedDeformConv2dParams& p) {
   const int64_t wanted = ceil_div(kWantedBlocks, blocks_per_range(p));
   const int64_t useful = ceil_div(pixel_steps(p), kLeastSteps);
   const int64_t affordable = kMostPartials / weight_elements(p);
-  const int64_t ranges = wanted < useful ? wanted : useful;
-  const int64_t bounded = ranges < affordable ? ranges : affordable;
-  return bounded > 1 ? bounded : 1;
+  return std::max<int64_t>(1, std::min({wanted, useful, affordable}));
 }
 
 template <typename T>
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int64_t modulated_deform_conv2d_weight_partials(const ModulatedDeformConv2dParams& p) {
-  return weight_elements(p) == 0 ? 0 : range_count(p) * weight_elements(p);
+  if (weight_elements(p) == 0) return 0;
+  return range_count(p) * weight_elements(p);
 }
 
 int launch_backward_weight(const ModulatedDeformConv2dParams& p, void* stream) {

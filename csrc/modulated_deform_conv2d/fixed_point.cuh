@@ -35,7 +35,7 @@ struct FixedPoint {
 // ceil(log2(count)).
 MAFNET_HOST_DEVICE int bits_of(int64_t count) {
   int bits = 0;
-  while (bits < 62 && (int64_t{1} << bits) < count) ++bits;
+  while ((int64_t{1} << bits) < count) ++bits;
   return bits;
 }
 

@@ -365,8 +365,8 @@ int64_t modulated_deform_conv2d_packed_weight_bytes(const ModulatedDeformConv2dP
 }
 
 int launch_forward_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
-  return p.dtype == Dtype::kFloat16 ? launch_typed<__half>(p, stream)
-                                    : launch_typed<__nv_bfloat16>(p, stream);
+  if (p.dtype == Dtype::kFloat16) return launch_typed<__half>(p, stream);
+  return launch_typed<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace mafnet

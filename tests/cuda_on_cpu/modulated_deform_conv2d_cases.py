@@ -274,18 +274,38 @@ def random_grad(case: Case, tensors: list[Any]) -> Tensor:
     return grad.to(tensors[0].dtype).contiguous(memory_format=format)
 
 
+def hold_output(actual: Tensor, case: Case, tensors: list[Any], what: str = "") -> None:
+    """Against the loop in fp64."""
+    exact = deform_conv2d_loop(*tensors, *case.geometry)  # type: ignore[arg-type]
+    if actual.dtype == DOUBLE:
+        assert_rounding_only(actual, exact, case.terms)
+        return
+    baseline = deform_conv2d_torch(*tensors, *case.geometry)  # type: ignore[arg-type]
+    assert_as_accurate(actual, baseline, exact, f"{actual.dtype} {what}", case.terms)
+
+
+def hold_gradients(
+    actual: dict[str, Tensor], case: Case, tensors: list[Any], grad_output: Tensor, what: str = ""
+) -> None:
+    """Against automatic differentiation in fp64."""
+    exact = oracle(case, double(tensors), grad_output.double())
+    baseline = oracle(case, tensors, grad_output)
+    terms = max(case.terms, case.batch * math.prod(case.out_size))
+    assert actual.keys() == exact.keys()
+    for name, grad in actual.items():
+        if tensors[0].dtype == DOUBLE:
+            assert_rounding_only(grad, exact[name], terms)
+        else:
+            where = f"{grad.dtype} {what} grad_{name}"
+            assert_as_accurate(grad, baseline[name], exact[name], where, terms)
+
+
 def check_forward(
     kernels: Kernels, case: Case, dtype: torch.dtype, orders: Sequence[str] = ORDERS
 ) -> None:
     tensors = case.tensors(dtype)
-    exact = deform_conv2d_loop(*tensors, *case.geometry)  # type: ignore[arg-type]
-    baseline = deform_conv2d_torch(*tensors, *case.geometry)  # type: ignore[arg-type]
     for order in orders:
-        actual = forward(kernels, case, tensors, order=order)
-        if dtype == DOUBLE:
-            assert_rounding_only(actual, exact, case.terms)
-        else:
-            assert_as_accurate(actual, baseline, exact, f"{dtype} {order}", case.terms)
+        hold_output(forward(kernels, case, tensors, order=order), case, tensors, order)
 
 
 def check_backward(
@@ -295,30 +315,15 @@ def check_backward(
     orders: Sequence[str] = ORDERS,
     deterministic: bool = False,
 ) -> None:
-    """Against the oracle; deterministic: with the same bits in every order."""
+    """Against the oracle; what is deterministic with the same bits in every order."""
     tensors = case.tensors(dtype)
     grad_output = random_grad(case, tensors)
-    exact = oracle(case, double(tensors), grad_output.double())
-    baseline = oracle(case, tensors, grad_output)
-    terms = max(case.terms, case.batch * math.prod(case.out_size))
     first: dict[str, Tensor] = {}
     for seed, order in enumerate(orders):
-        actual = backward(
-            kernels,
-            case,
-            tensors,
-            grad_output,
-            deterministic=deterministic,
-            order=order,
-            seed=seed,
-        )
-        assert actual.keys() == exact.keys()
+        options: dict[str, Any] = {"deterministic": deterministic, "order": order, "seed": seed}
+        actual = backward(kernels, case, tensors, grad_output, **options)
+        hold_gradients(actual, case, tensors, grad_output, order)
         for name, grad in actual.items():
-            if dtype == DOUBLE:
-                assert_rounding_only(grad, exact[name], terms)
-            else:
-                what = f"{dtype} {order} grad_{name}"
-                assert_as_accurate(grad, baseline[name], exact[name], what, terms)
             if deterministic or name != "input":
                 assert_same(grad, first.setdefault(name, grad))
 
@@ -399,11 +404,11 @@ def check_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> 
 
 def check_slices_on_tensor_cores(kernels: Kernels) -> None:
     """Strides wider than the channels, aligned; a slice that begins off 16 bytes goes the generic way."""
-    case = TENSOR_CORE_CASES["18 steps, 64 outputs"]
+    case = TENSOR_CORE_CASES["2 steps, 56 outputs, 127 pixels"]
     tensors = case.tensors(torch.float16)
     expected = forward(kernels, case, tensors)
     for first, taken in ((16, True), (4, False)):
-        wide = torch.full((2, 96, 9, 8), math.nan, dtype=torch.float16)
+        wide = torch.full((1, 96, *case.size), math.nan, dtype=torch.float16)
         wide = wide.contiguous(memory_format=torch.channels_last)
         wide[:, first : first + 64] = tensors[0]
         sliced = [wide[:, first : first + 64], *tensors[1:]]
@@ -413,7 +418,7 @@ def check_slices_on_tensor_cores(kernels: Kernels) -> None:
 
 
 def check_gradient_alone(kernels: Kernels, wanted: str) -> None:
-    case = CASES["2 groups, offset groups inside"]
+    case = CASES["17 to 65 channels"]
     tensors = case.tensors(torch.float32)
     grad_output = random_grad(case, tensors)
     every = backward(kernels, case, tensors, grad_output)
@@ -422,15 +427,44 @@ def check_gradient_alone(kernels: Kernels, wanted: str) -> None:
     assert alone.keys() == {wanted}
 
 
-def check_empty_batch(kernels: Kernels, deterministic: bool) -> None:
-    case = Case(batch=0)
+def check_empty(kernels: Kernels, deterministic: bool) -> None:
+    """No image, and images without a row, whose samples are all outside."""
+    for case in (Case(batch=0), Case(size=(0, 3), padding=(2, 1), bias=False)):
+        tensors = case.tensors(torch.float32)
+        assert not forward(kernels, case, tensors).any()
+        grad_output = random_grad(case, tensors)
+        grads = backward(kernels, case, tensors, grad_output, deterministic=deterministic)
+        for name, grad in grads.items():
+            assert not grad.any(), name
+
+
+def check_wild_weight(kernels: Kernels, wild: float) -> None:
+    """An infinite weight takes no bit from what it does not touch."""
+    case = replace(CASES["offset groups straddle 3 groups"], batch=1)
     tensors = case.tensors(torch.float32)
-    assert forward(kernels, case, tensors).shape == (0, 4, 5, 6)
-    grads = backward(
-        kernels, case, tensors, random_grad(case, tensors), deterministic=deterministic
-    )
-    for name, grad in grads.items():
-        assert not grad.any(), name
+    tensors[3][4, 0, 1, 1] = wild
+    grad_output = random_grad(case, tensors)
+    expected = backward(kernels, case, tensors, grad_output, ("input",))["input"]
+    actual = backward(kernels, case, tensors, grad_output, ("input",), True)["input"]
+    known = expected.isfinite()
+    assert 0 < known.sum() < known.numel()
+    assert_same(actual.isnan(), expected.isnan())
+    assert_same(actual.isinf(), expected.isinf())
+    assert_rounding_only(actual[known], expected[known], 64)
+
+
+def check_fixed_point_scale(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
+    """A power of two near scale, on grad_output or on the weight, scales grad_input to the bit."""
+    case = CASES["17 to 65 channels"]
+    tensors = case.tensors(dtype)
+    factor = 2.0 ** round(math.log2(scale))
+    grad_output = random_grad(case, tensors)
+    grad_output[..., 0] = 0  # says nothing about the scale
+    small = [*tensors[:3], tensors[3] * factor, tensors[4]]
+    options: dict[str, Any] = {"wanted": ("input",), "deterministic": True}
+    plain = backward(kernels, case, tensors, grad_output, **options)["input"]
+    for calls in ((tensors, grad_output * factor), (small, grad_output)):
+        assert_same(backward(kernels, case, *calls, **options)["input"], plain * factor)
 
 
 # Changes of a case that the tensor cores take after which they do not.
@@ -441,13 +475,15 @@ NOT_FOR_TENSOR_CORES: tuple[dict[str, Any], ...] = (
     {"out_channels": 60},
     {"groups": 2},
     {"channels_last": False},
+    {"size": (0, 3), "padding": (2, 1)},
+    {"size": (3, 0), "padding": (1, 2)},
     {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
     {"stride": (1, 1 << 20), "padding": (1, 1 << 21)},
 )
 
 
 def check_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
-    case = Case(2, 64, 64, (9, 8), offset_groups=8, channels_last=True)
+    case = Case(1, 64, 64, (2, 3), offset_groups=8, channels_last=True)
     assert packed_weight_bytes(kernels, case, case.tensors(torch.float16)) > 0
     other = replace(case, **change)
     assert packed_weight_bytes(kernels, other, other.tensors(torch.float16)) == 0
@@ -461,6 +497,8 @@ def probe(kernels: Kernels) -> None:
         check_not_for_tensor_cores(kernels, change)
     check_slices_on_tensor_cores(kernels)
     check_wild_offsets_on_tensor_cores(kernels, half)
+    check_wild_offsets_on_tensor_cores(kernels, torch.bfloat16)
+    check_fixed_point_scale(kernels, single, 1e-20)
     for name in (
         "4 steps, 72 outputs, 129 pixels",
         "kernel 3x2, stride 2x1, dilation 1x2, 12 steps",
@@ -468,13 +506,14 @@ def probe(kernels: Kernels) -> None:
         check_forward(kernels, TENSOR_CORE_CASES[name], half, ("random",))
     check_far_offsets(kernels, single, math.inf, False)
     check_nan_offset(kernels, single, 0, True)
-    check_empty_batch(kernels, True)
+    check_empty(kernels, True)
+    check_wild_weight(kernels, math.inf)
     for wanted in ("input", "weight", "bias"):
         check_gradient_alone(kernels, wanted)
-    for name in ("offset groups straddle 3 groups", "no mask", "17 to 65 channels"):
+    for name in ("offset groups straddle 3 groups", "no mask", "17 to 65 channels", "65 pixels"):
         check_forward(kernels, CASES[name], single, ("random",))
+    for name in ("17 to 65 channels", "65 pixels"):
         check_backward(kernels, CASES[name], single, ("random",))
-    check_backward(
-        kernels, CASES["half offsets, float mask"], half, ("random",), deterministic=True
-    )
-    check_backward(kernels, CASES["65 pixels"], single, ("random",), deterministic=True)
+        check_backward(kernels, CASES[name], single, ("random",), deterministic=True)
+    for name in ("offset groups straddle 3 groups", "half offsets, float mask"):
+        check_backward(kernels, CASES[name], half, ("random",), deterministic=True)

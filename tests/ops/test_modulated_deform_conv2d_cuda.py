@@ -24,19 +24,26 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     Case,
     backward,
     check_backward,
-    check_empty_batch,
+    check_empty,
     check_far_offsets,
+    check_fixed_point_scale,
     check_forward,
     check_gradient_alone,
     check_nan_offset,
     check_not_for_tensor_cores,
     check_slices_on_tensor_cores,
     check_wild_offsets_on_tensor_cores,
+    check_wild_weight,
     forward,
+    hold_gradients,
+    hold_output,
     packed_weight_bytes,
     random_grad,
 )
 from tolerances import assert_same
+from torch import Tensor
+
+from mafnet_ops import modulated_deform_conv2d
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
@@ -168,14 +175,19 @@ def test_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
     check_not_for_tensor_cores(kernels, change)
 
 
+@pytest.mark.parametrize("wild", [math.inf, math.nan])
+def test_infinite_weight_in_fixed_point(kernels: Kernels, wild: float) -> None:
+    check_wild_weight(kernels, wild)
+
+
 @pytest.mark.parametrize("wanted", GRADS)
 def test_each_gradient_alone(kernels: Kernels, wanted: str) -> None:
     check_gradient_alone(kernels, wanted)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_empty_batch(kernels: Kernels, deterministic: bool) -> None:
-    check_empty_batch(kernels, deterministic)
+def test_empty(kernels: Kernels, deterministic: bool) -> None:
+    check_empty(kernels, deterministic)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
@@ -237,14 +249,7 @@ def test_fixed_point_beside_a_huge_gradient(kernels: Kernels, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_fixed_point_follows_the_scale(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
-    """A power of two nearby scales every bit of grad_input."""
-    case = CASES["offset groups straddle 3 groups"]
-    tensors = case.tensors(dtype)
-    factor = 2.0 ** round(math.log2(scale))
-    grad_output = random_grad(case, tensors)
-    plain = backward(kernels, case, tensors, grad_output, deterministic=True)["input"]
-    scaled = backward(kernels, case, tensors, grad_output * factor, deterministic=True)["input"]
-    assert_same(scaled, plain * factor)
+    check_fixed_point_scale(kernels, dtype, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
@@ -266,3 +271,42 @@ def test_deterministic_gradient_that_is_not_finite_stays_where_it_goes(
     assert_same(actual[0].isinf(), expected.isinf())
     for other in actual[1:]:
         assert_same(actual[0], other)
+
+
+# --------------------------------------------------------------------------------------- on a GPU
+
+
+def on_gpu(case: Case, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of the public op on CUDA, brought back."""
+    tensors = [None if t is None else t.cuda().requires_grad_() for t in case.tensors(dtype)]
+    input, offset, mask, weight, bias = tensors
+    assert input is not None and offset is not None and weight is not None
+    output = modulated_deform_conv2d(input, offset, mask, weight, bias, *case.geometry)
+    output.backward(random_grad(case, case.tensors(dtype)).cuda())
+    named = {
+        n: t.grad.cpu() for n, t in zip(GRADS, tensors) if t is not None and t.grad is not None
+    }
+    return output.detach().cpu(), named
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", [*CASES.values(), *TENSOR_CORE_CASES.values()], ids=[*CASES, *TENSOR_CORE_CASES]
+)
+@dtypes
+def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case, tensors)
+    output, grads = on_gpu(case, dtype)
+    hold_output(output, case, tensors)
+    hold_gradients(grads, case, tensors, grad_output)
+
+
+@pytest.mark.gpu
+@some_cases
+@dtypes
+def test_deterministic_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    torch.use_deterministic_algorithms(True)  # the fixture of all tests resets it
+    first, again = on_gpu(case, dtype)[1], on_gpu(case, dtype)[1]
+    for name, grad in first.items():
+        assert_same(grad, again[name])
