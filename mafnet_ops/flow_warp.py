@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
+from ._autograd import empty_like_input, fold, jvp_by_vjp, unfold
 from ._checks import require, require_same_device, require_shape, require_tensor
 
 _OP = "flow_warp"
@@ -130,19 +131,12 @@ _library.LIBRARY.define(
 _NATIVE_DEVICES = _library.register_op(_OP, ("flow_warp_forward", "flow_warp_backward"))
 
 
-def _empty_like_input(input: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """As has_channels_last() in csrc/common/checks.h."""
-    channels_last = input.shape[1] > 1 and input.stride(1) == 1
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
-
-
 @torch.library.register_fake("mafnet_ops::flow_warp_forward", lib=_library.LIBRARY)
 def _(
     input: Tensor, flow: Tensor, interpolation: int, padding_mode: int, return_mask: bool
 ) -> tuple[Tensor, Tensor]:
     batch, out_height, out_width, _ = flow.shape
-    output = _empty_like_input(input, (batch, input.shape[1], out_height, out_width))
+    output = empty_like_input(input, (batch, input.shape[1], out_height, out_width))
     mask = input.new_empty((batch if return_mask else 0, 1, out_height, out_width))
     return output, mask
 
@@ -159,7 +153,7 @@ def _(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = input.shape
-    grad_input = _empty_like_input(input, (batch if need_input else 0, channels, height, width))
+    grad_input = empty_like_input(input, (batch if need_input else 0, channels, height, width))
     grad_flow = flow.new_empty((batch if need_flow else 0, *flow.shape[1:]))
     return grad_input, grad_flow
 
@@ -222,14 +216,14 @@ class _FlowWarp(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], input: Tensor, flow: Tensor, *options: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        tensors = [_fold(t, d, info.batch_size) for t, d in zip((input, flow), in_dims[:2])]
+        tensors = [fold(t, d, info.batch_size) for t, d in zip((input, flow), in_dims[:2])]
         output, mask = _FlowWarpWithJvp.apply(*tensors, *options)
         batch = info.batch_size
         if mask.shape[0] == 0:
             mask = mask.new_empty((batch, *mask.shape))
         else:
-            mask = _unfold(mask, batch)
-        return (_unfold(output, batch), mask), (0, 0)
+            mask = unfold(mask, batch)
+        return (unfold(output, batch), mask), (0, 0)
 
 
 class _FlowWarpWithJvp(_FlowWarp):
@@ -239,7 +233,7 @@ class _FlowWarpWithJvp(_FlowWarp):
         filled = tuple(
             torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents[:2])
         )
-        return _jvp_by_vjp(_reference(ctx.interpolation, ctx.padding_mode), primals, filled), None
+        return jvp_by_vjp(_reference(ctx.interpolation, ctx.padding_mode), primals, filled), None
 
 
 class _FlowWarpBackward(torch.autograd.Function):
@@ -280,7 +274,7 @@ class _FlowWarpBackward(torch.autograd.Function):
             torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents[:3])
         )
         function = _reference_vjp(ctx.interpolation, ctx.padding_mode, ctx.needs)
-        results = iter(_jvp_by_vjp(function, primals, filled))
+        results = iter(jvp_by_vjp(function, primals, filled))
         unwanted = (p.new_zeros((0, *p.shape[1:])) for p in primals[1:])
         first, second = (next(results) if need else none for need, none in zip(ctx.needs, unwanted))
         return first, second
@@ -290,10 +284,10 @@ class _FlowWarpBackward(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         batch = info.batch_size
-        tensors = [_fold(t, d, batch) for t, d in zip(args[:3], in_dims[:3])]
+        tensors = [fold(t, d, batch) for t, d in zip(args[:3], in_dims[:3])]
         grads = _FlowWarpBackward.apply(*tensors, *args[3:])
         unfolded = [
-            _unfold(g, batch) if need else g.new_empty((batch, *g.shape))
+            unfold(g, batch) if need else g.new_empty((batch, *g.shape))
             for g, need in zip(grads, args[5:7])
         ]
         return (unfolded[0], unfolded[1]), (0, 0)
@@ -308,23 +302,3 @@ def _reference_vjp(interpolation: int, padding_mode: int, needs: list[bool]) -> 
         return tuple(g for g, need in zip(grads, needs) if need)
 
     return backward
-
-
-def _jvp_by_vjp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
-    """J t as the gradient of u -> J^T u, which is linear: forward mode without nesting forward mode."""
-    made: Any = torch.func.vjp(function, *primals)
-    output, vjp = made[0], made[1]
-    single = isinstance(output, Tensor)
-    zeros = torch.zeros_like(output) if single else tuple(map(torch.zeros_like, output))
-    vjp_of_vjp: Any = torch.func.vjp(vjp, zeros)[1]
-    return vjp_of_vjp(tangents)[0]
-
-
-def _fold(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
-    """Merge the dimension that vmap added into the batch of images."""
-    moved = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return moved.flatten(0, 1)
-
-
-def _unfold(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.unflatten(0, (batch, tensor.shape[0] // batch))

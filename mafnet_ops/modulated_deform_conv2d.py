@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
+from ._autograd import empty_like_input, fold, jvp_by_vjp, memory_format_of, unfold
 from ._checks import (
     autocast_dtype,
     pair,
@@ -80,9 +81,7 @@ def modulated_deform_conv2d(
     mask = None if mask is None else _coordinates("mask", mask, input)
     if input.device.type not in _NATIVE_DEVICES:
         out = reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
-        channels_last = input.shape[1] > 1 and input.stride(1) == 1
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return out.contiguous(memory_format=memory_format)
+        return out.contiguous(memory_format=memory_format_of(input))
     # Dynamo refuses a Function with a custom jvp and has no use for one.
     compiling = torch.compiler.is_compiling()
     function = _ModulatedDeformConv2d if compiling else _ModulatedDeformConv2dWithJvp
@@ -185,13 +184,6 @@ _NATIVE_DEVICES = _library.register_op(
 )
 
 
-def _empty_like_input(input: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """As has_channels_last() in csrc/common/checks.h."""
-    channels_last = input.shape[1] > 1 and input.stride(1) == 1
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
-
-
 @torch.library.register_fake("mafnet_ops::modulated_deform_conv2d_forward", lib=_library.LIBRARY)
 def _(
     input: Tensor,
@@ -201,7 +193,7 @@ def _(
     bias: Tensor | None,
     *geometry: int,
 ) -> Tensor:
-    return _empty_like_input(input, (input.shape[0], weight.shape[0], *offset.shape[2:]))
+    return empty_like_input(input, (input.shape[0], weight.shape[0], *offset.shape[2:]))
 
 
 @torch.library.register_fake("mafnet_ops::modulated_deform_conv2d_backward", lib=_library.LIBRARY)
@@ -219,7 +211,7 @@ def _(
     need_input, need_offset, need_mask, need_weight, need_bias = options[6:11]
     masked = offset if mask is None else mask
     return (
-        _empty_like_input(input, like(input, bool(need_input))),
+        empty_like_input(input, like(input, bool(need_input))),
         offset.new_empty(like(offset, bool(need_offset))),
         masked.new_empty(like(masked, mask is not None and bool(need_mask))),
         weight.new_empty(like(weight, bool(need_weight))),
@@ -289,8 +281,8 @@ class _ModulatedDeformConv2d(torch.autograd.Function):
         *tensors, geometry = args
         function = _ModulatedDeformConv2dWithJvp.apply
         if in_dims[3] is None and in_dims[4] is None:
-            folded = _fold(tensors, in_dims, info.batch_size, per_image=(0, 1, 2))
-            return _unfold(function(*folded, geometry), info.batch_size), 0
+            folded = _fold_images(tensors, in_dims, info.batch_size, per_image=(0, 1, 2))
+            return unfold(function(*folded, geometry), info.batch_size), 0
         parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
         return torch.stack([function(*part, geometry) for part in parts]), 0
 
@@ -299,7 +291,7 @@ class _ModulatedDeformConv2dWithJvp(_ModulatedDeformConv2d):
     @staticmethod
     def jvp(ctx: Any, *tangents: _Optional) -> Tensor:
         present, primals, filled = _present(ctx.saved_for_forward, tangents)
-        return _jvp_by_vjp(_reference(present, ctx.geometry), primals, filled)
+        return jvp_by_vjp(_reference(present, ctx.geometry), primals, filled)
 
 
 def _backward(
@@ -345,7 +337,7 @@ class _ModulatedDeformConv2dBackward(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, ...]:
         present, primals, filled = _present(ctx.saved_for_forward, tangents)
         function = _reference_vjp(present, ctx.geometry, ctx.needs)
-        results = iter(_jvp_by_vjp(function, primals, filled))
+        results = iter(jvp_by_vjp(function, primals, filled))
         _, input, offset, mask, weight = ctx.saved_for_forward
         bias = weight[:, 0, 0, 0]
         outputs = (input, offset, offset if mask is None else mask, weight, bias)
@@ -361,9 +353,9 @@ class _ModulatedDeformConv2dBackward(torch.autograd.Function):
         *tensors, geometry, needs = args
         function = _ModulatedDeformConv2dBackward.apply
         if in_dims[4] is None and not needs[3] and not needs[4]:
-            folded = _fold(tensors, in_dims, info.batch_size, per_image=(0, 1, 2, 3))
+            folded = _fold_images(tensors, in_dims, info.batch_size, per_image=(0, 1, 2, 3))
             grads = function(*folded, geometry, needs)
-            unfolded = [_unfold(g, info.batch_size) for g in grads[:3]]
+            unfolded = [unfold(g, info.batch_size) for g in grads[:3]]
             unfolded += [g.new_empty((info.batch_size, *g.shape)) for g in grads[3:]]
         else:  # gradients of weight and bias are sums over the images: one by one
             parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
@@ -412,17 +404,7 @@ def _reference_vjp(present: list[bool], geometry: _Geometry, needs: tuple[bool, 
     return backward
 
 
-def _jvp_by_vjp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
-    """J t as the gradient of u -> J^T u, which is linear: forward mode without nesting forward mode."""
-    made: Any = torch.func.vjp(function, *primals)
-    output, vjp = made[0], made[1]
-    single = isinstance(output, Tensor)
-    zeros = torch.zeros_like(output) if single else tuple(map(torch.zeros_like, output))
-    vjp_of_vjp: Any = torch.func.vjp(vjp, zeros)[1]
-    return vjp_of_vjp(tangents)[0]
-
-
-def _fold(
+def _fold_images(
     tensors: list[_Optional],
     in_dims: tuple[int | None, ...],
     batch: int,
@@ -434,13 +416,8 @@ def _fold(
         if tensor is None or position not in per_image:
             folded.append(tensor)
         else:
-            moved = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            folded.append(moved.flatten(0, 1))
+            folded.append(fold(tensor, dim, batch))
     return folded
-
-
-def _unfold(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.unflatten(0, (batch, tensor.shape[0] // batch))
 
 
 def _select(
