@@ -247,11 +247,12 @@ def backward(
         workspaces["exponents"] = np.zeros(3, np.int32)
     if "weight" in present:
         workspaces["weight_partials"] = torch.full((int(sizes[0]),), math.nan, dtype=accumulator)
+    targets: dict[str, Any] = {f"grad_{name}": g for name, g in present.items()}
     report = kernels.run(
         "backward",
         **arguments,
         grad_output=grad_output,
-        **{f"grad_{name}": g for name, g in present.items()},
+        **targets,
         **workspaces,
         **options,
     )
@@ -276,11 +277,11 @@ def random_grad(case: Case, tensors: list[Any]) -> Tensor:
 
 def hold_output(actual: Tensor, case: Case, tensors: list[Any], what: str = "") -> None:
     """Against the loop in fp64."""
-    exact = deform_conv2d_loop(*tensors, *case.geometry)  # type: ignore[arg-type]
+    exact = deform_conv2d_loop(*tensors, *case.geometry)
     if actual.dtype == DOUBLE:
         assert_rounding_only(actual, exact, case.terms)
         return
-    baseline = deform_conv2d_torch(*tensors, *case.geometry)  # type: ignore[arg-type]
+    baseline = deform_conv2d_torch(*tensors, *case.geometry)
     assert_as_accurate(actual, baseline, exact, f"{actual.dtype} {what}", case.terms)
 
 
