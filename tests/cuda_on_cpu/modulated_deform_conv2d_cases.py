@@ -205,12 +205,13 @@ def forward(
     output = poisoned(input, len(input), len(weight), *offset.shape[2:])
     arguments = arguments_of(case, tensors)
     packed = np.full(packed_weight_bytes(kernels, case, tensors, output), 0xFF, np.uint8)
+    workspaces: dict[str, Any] = {"packed_weight": packed} if packed.size and not generic else {}
     kernels.run(
         "forward",
         **arguments,
         bias=bias,
         output=output,
-        packed_weight=packed if packed.size and not generic else None,
+        **workspaces,
         **options,
     ).raise_if_any()
     used = packed.size > 0 and not (packed == 0xFF).all()  # poison where no kernel wrote
