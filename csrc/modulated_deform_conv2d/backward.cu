@@ -36,7 +36,7 @@ DEVICE void store_coordinate(void* data, bool is_feature_type, int64_t at, Accum
 }
 
 template <typename T, bool kFixed>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)  // left alone, the compiler spills to fit 4
     modulated_deform_conv2d_backward_samples_kernel(const ModulatedDeformConv2dParams p) {
   using A = Accumulator<T>;
   SHARED(A, grads, [kDepth][kPixels]);

@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kPatch; ++i) {
     if (first_output + patch_output + i >= group_outputs) break;
     const int64_t output = int64_t{group} * group_outputs + first_output + patch_output + i;
-    const A bias = p.bias == nullptr ? A(0) : to_accumulator(static_cast<const T*>(p.bias)[output]);
+    A bias = 0;
+    if (p.bias != nullptr) bias = to_accumulator(static_cast<const T*>(p.bias)[output]);
 #pragma unroll
     for (int j = 0; j < kPatch; ++j) {
       const int64_t pixel = first_pixel + patch_pixel + j;

@@ -73,7 +73,8 @@ DEVICE void for_corners(const Sample<A>& sample, int64_t row_stride, int64_t col
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int row = sample.rows.index[j], column = sample.columns.index[k];
-      body(j, k, row >= 0 && column >= 0, row * row_stride + column * column_stride);
+      const bool inside = row >= 0 && column >= 0;
+      body(j, k, inside, row * row_stride + column * column_stride);
     }
   }
 }

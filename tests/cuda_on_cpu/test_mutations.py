@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import flow_warp_cases
+from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_cases
 from cuda_on_cpu.build import CSRC, build
 from cuda_on_cpu.emulator import Kernels, needs_emulator, op_library
 from cuda_on_cpu.mutants import Mutant, find, kernel_files
@@ -46,7 +46,45 @@ class Op:
     idle: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
-DENSE = "allocated densely: aligned wherever the channels fill vectors"
+_NO_FAILURE = "no launch fails here"
+_LARGE = "images of this size are too large for a test"
+DENSE = "output is allocated densely: channels last and aligned wherever input is"
+_POSITION = "saves a position that is there already"
+DEFORM_IDLE = {
+    **{
+        (f"{file}.cu", "status != 0"): _NO_FAILURE
+        for file in ("backward", "backward_weight", "backward_fixed_point", "forward_tensor_core")
+    },
+    **{
+        (f"{file}.cu", "offset_group != sampled_group"): _POSITION
+        for file in ("forward", "backward_weight")
+    },
+    (
+        "backward.cu",
+        "p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr",
+    ): "saves gradients that nobody wants",
+    ("backward_fixed_point.cu", "threadIdx.x == 0"): "saves maxima of the same number",
+    ("backward_fixed_point.cu", "channels_last"): "the order in which a maximum is taken",
+    ("forward_tensor_core.cu", "has_bfloat16_tensor_cores()"): "the emulator has them",
+    **{
+        ("forward_tensor_core.cu", limit): _LARGE
+        for limit in (
+            "p.pixels() <= kMostElements - kPixels",
+            "p.height <= kMostPositions",
+            "p.width <= kMostPositions",
+            "elements <= kMostElements",
+        )
+    },
+    ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
+    (
+        "forward_tensor_core.cu",
+        "p.out_channels % kVectorChannels == 0",
+    ): "else a dense output is not aligned",
+    (
+        "forward_tensor_core.cu",
+        "is_aligned(p.output, p.output_stride[0], p.output_stride[2])",
+    ): DENSE,
+}
 
 OPS = {
     "flow_warp": Op(
@@ -78,7 +116,11 @@ OPS = {
                 )
             },
         },
-    )
+    ),
+    "modulated_deform_conv2d": Op(
+        modulated_deform_conv2d_cases.probe,
+        idle=DEFORM_IDLE,
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     check_nan_offset,
     check_not_for_tensor_cores,
     check_slices_on_tensor_cores,
+    check_strides_for_tensor_cores,
     check_wild_offsets_on_tensor_cores,
     check_wild_weight,
     forward,
@@ -168,6 +169,7 @@ def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> N
 
 def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:
     check_slices_on_tensor_cores(kernels)
+    check_strides_for_tensor_cores(kernels)
 
 
 @pytest.mark.parametrize("change", NOT_FOR_TENSOR_CORES, ids=str)
