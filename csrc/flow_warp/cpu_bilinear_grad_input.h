@@ -202,6 +202,8 @@ MAFNET_KERNEL void scatter_tile(const Tile& tile, int64_t width, const float* pi
 template <typename T>
 MAFNET_KERNEL void write_planes(const float* sums, int64_t pixels, int64_t channels, int64_t plane,
                                 bool around_caches, T* target) {
+  // So many planes at once have no room to wait for the rest of a line.
+  constexpr bool whole_lines = kLanes * sizeof(T) == 64;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int planes = static_cast<int>(std::min<int64_t>(kLanes, channels - c));
     for (int64_t i = 0; i < pixels; i += kLanes) {
@@ -212,7 +214,7 @@ MAFNET_KERNEL void write_planes(const float* sums, int64_t pixels, int64_t chann
       T* to = target + c * plane + i;
       if (planes == kLanes && i + kLanes <= pixels) {
 #pragma GCC unroll 16
-        for (int u = 0; u < kLanes; ++u) put(to + u * plane, v[u], around_caches);
+        for (int u = 0; u < kLanes; ++u) put(to + u * plane, v[u], around_caches && whole_lines);
       } else {
         const int lanes = static_cast<int>(std::min<int64_t>(kLanes, pixels - i));
         for (int u = 0; u < planes; ++u) store_first(to + u * plane, v[u], lanes);
