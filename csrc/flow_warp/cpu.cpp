@@ -67,13 +67,11 @@ void for_each_span(const FlowWarpParams& p, const Body& body) {
   });
 }
 
-// Every line of the output can be stored whole and around the caches.
-bool is_aligned(const FlowWarpParams& p) {
+// Every line of an output can be stored whole and around the caches.
+bool is_aligned(const FlowWarpParams& p, const void* output, const int64_t (&stride)[4]) {
   const int64_t bytes = element_size(p.dtype), line = 64;
-  const int64_t image = p.output_stride[0] * bytes, plane = p.output_stride[1] * bytes;
-  const int64_t pixel = p.output_stride[3] * bytes;
-  return reinterpret_cast<int64_t>(p.output) % line == 0 && image % line == 0 &&
-         (p.channels_last ? pixel % line == 0 : plane % line == 0);
+  return reinterpret_cast<int64_t>(output) % line == 0 && stride[0] * bytes % line == 0 &&
+         (p.channels_last ? stride[3] : stride[1]) * bytes % line == 0;
 }
 
 void forward(const FlowWarpParams& p) {
@@ -81,7 +79,8 @@ void forward(const FlowWarpParams& p) {
   const bool exists = prepare_output(p.output, bytes);
   // A new page is in the caches when channels_last writes it; planes are written here and there,
   // and come to a page of 2 MB long after it was zeroed (216 ms against 158 for 64 x 720 x 1280).
-  const bool stream = bytes >= kLargeOutput && (exists || !p.channels_last) && is_aligned(p);
+  const bool stream = bytes >= kLargeOutput && (exists || !p.channels_last) &&
+                      is_aligned(p, p.output, p.output_stride);
   if (!is_fast(p)) {
     return for_each_span(p, [&](const PixelSpan& span) { generic_forward(p, span); });
   }
@@ -101,17 +100,27 @@ void grad_flow(const FlowWarpParams& p) {
   }
 }
 
-void grad_input(const FlowWarpParams& p) {
-  const bool fast = is_fast(p);
-  prepare_output(p.grad_input, p.batch * p.grad_input_stride[0] * element_size(p.dtype));
+std::vector<RowRange> find_ranges(const FlowWarpParams& p) {
+  const auto find = is_fast(p) ? bilinear_kernels().row_range : &generic_row_range;
   std::vector<RowRange> ranges(static_cast<size_t>(p.batch * p.out_height));
   const int64_t grain = divide_up(kTaskElements, std::max(p.out_width, 1));
   torch::stable::parallel_for(0, p.batch * p.out_height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const auto find = fast ? bilinear_kernels().row_range : &generic_row_range;
       ranges[r] = find(p, r / p.out_height, static_cast<int>(r % p.out_height));
     }
   });
+  return ranges;
+}
+
+void grad_input(const FlowWarpParams& p) {
+  const bool fast = is_fast(p);
+  const int64_t bytes = p.batch * p.grad_input_stride[0] * element_size(p.dtype);
+  prepare_output(p.grad_input, bytes);
+  // Whole lines only where every band begins at one.
+  const bool stream = bytes >= kLargeOutput && !p.channels_last &&
+                      is_aligned(p, p.grad_input, p.grad_input_stride) &&
+                      kBandRows * p.width * element_size(p.dtype) % 64 == 0;
+  const std::vector<RowRange> all_ranges = find_ranges(p);
 
   const int64_t bands = divide_up(p.height, kBandRows);
   const int64_t chunk = p.channels_last ? p.channels : kTileChannels;
@@ -119,17 +128,24 @@ void grad_input(const FlowWarpParams& p) {
   const bool in_place = p.channels_last && p.dtype == Dtype::kFloat32;
   torch::stable::parallel_for(0, p.batch * bands * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer;
-    if (fast && !in_place) buffer.resize(kBandRows * p.width * chunk);
+    if (fast && !in_place) buffer.resize((kBandRows * p.width + kTilePixels) * chunk);
+    std::vector<Tile> tiles;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / (bands * chunks), first_channel = task % chunks * chunk;
       const int first_row = static_cast<int>(task / chunks % bands) * kBandRows;
       const Band band{n, first_row, std::min(first_row + kBandRows, p.height) - 1, first_channel,
                       std::min(chunk, p.channels - first_channel)};
-      const RowRange* rows = ranges.data() + n * p.out_height;
-      if (fast) {
-        bilinear_kernels().grad_input(p, rows, band, buffer.data());
+      const RowRange* ranges = all_ranges.data() + n * p.out_height;
+      if (!fast) {
+        generic_grad_input(p, ranges, band);
+      } else if (p.channels_last) {
+        bilinear_kernels().grad_input_pixels(p, ranges, band, buffer.data());
       } else {
-        generic_grad_input(p, rows, band);
+        // A thread has the channels of a band one after another.
+        if (task == begin || first_channel == 0) {
+          bilinear_kernels().find_tiles(p, ranges, band, tiles);
+        }
+        bilinear_kernels().grad_input_tiles(p, tiles, band, buffer.data(), stream);
       }
     }
   });

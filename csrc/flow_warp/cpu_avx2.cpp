@@ -70,6 +70,14 @@ MAFNET_LANES void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 MAFNET_LANES void stream(Half* p, Vec v) { stream_bits(p, narrow_half(v)); }
 MAFNET_LANES void stream(BFloat16* p, Vec v) { stream_bits(p, narrow_bfloat16(v)); }
 
+// {a[0], b[0], a[1], b[1], ...}, and what follows.
+MAFNET_LANES Vec interleave_low(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+MAFNET_LANES Vec interleave_high(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+
 // Four pairs of neighbours; loads of 64 bits, as fast as a gather on Intel and faster on AMD.
 MAFNET_LANES __m128 load_two(const float* plane, int first, int second) {
   const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(plane + first));

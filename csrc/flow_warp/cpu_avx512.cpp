@@ -65,6 +65,17 @@ MAFNET_LANES void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 MAFNET_LANES void stream(Half* p, Vec v) { stream_bits(p, narrow_half(v)); }
 MAFNET_LANES void stream(BFloat16* p, Vec v) { stream_bits(p, narrow_bfloat16(v)); }
 
+// {a[0], b[0], a[1], b[1], ...}, and what follows.
+MAFNET_LANES Vec interleave_low(Vec a, Vec b) {
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return _mm512_permutex2var_ps(a, order, b);
+}
+MAFNET_LANES Vec interleave_high(Vec a, Vec b) {
+  const __m512i order =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return _mm512_permutex2var_ps(a, order, b);
+}
+
 // left = plane[offset], right = plane[offset + 1], by one 64-bit load per lane.
 MAFNET_LANES void load_pairs(const float* plane, const int* offset, Vec& left, Vec& right) {
   const double* pairs = reinterpret_cast<const double*>(plane);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "flow_warp/params.h"
 
@@ -15,8 +16,9 @@ namespace mafnet {
 // plane is a new page for the TLB after a few pixels (22 ms for 64 x 180 x 320 at 64 pixels, 6 at
 // 2048); with more, the plan of a call leaves the L2 cache.
 constexpr int kSpan = 2048;
-// Channels that planes are transposed by on their way into grad_input. With 32 a band of 1280
-// columns leaves the L2 cache (307 ms against 231 for 64 x 720 x 1280).
+// Pixels and channels that planes are transposed by on their way into grad_input. With 32 channels
+// a band of 1280 columns leaves the L2 cache (307 ms against 231 for 64 x 720 x 1280).
+constexpr int kTilePixels = 16;
 constexpr int kTileChannels = 16;
 
 // Pixels first .. first + count of the output of image n, in raster order; count <= kSpan.
@@ -35,6 +37,20 @@ struct Band {
   int64_t n;
   int first_row, last_row;
   int64_t first_channel, channels;
+
+  int64_t pixels(const FlowWarpParams& p) const {
+    return static_cast<int64_t>(last_row - first_row + 1) * p.width;
+  }
+};
+
+// count pixels of row y of grad_output, from column x on, of which one at least reaches a band.
+struct Tile {
+  int y, x, count;
+  bool full;  // all taps do
+  // The first pixel of the cell as an index into the band, negative in the row above; the weights
+  // of the cell, 0 for what contributes nothing.
+  int cell[kTilePixels];
+  float weight[4][kTilePixels];
 };
 
 struct BilinearKernels {
@@ -42,10 +58,16 @@ struct BilinearKernels {
   void (*forward)(const FlowWarpParams& p, const PixelSpan& span, bool stream);
   void (*grad_flow)(const FlowWarpParams& p, const PixelSpan& span);
   RowRange (*row_range)(const FlowWarpParams& p, int64_t n, int y);
-  // ranges: of every output row of image band.n. buffer: floats as many as the band has elements
-  // (kTileChannels of them per pixel where grad_input is planar); unused for channels_last float.
-  void (*grad_input)(const FlowWarpParams& p, const RowRange* ranges, const Band& band,
-                     float* buffer);
+  // ranges: of every output row of image band.n. The tiles are those of any channels.
+  void (*find_tiles)(const FlowWarpParams& p, const RowRange* ranges, const Band& band,
+                     std::vector<Tile>& tiles);
+  // channels_last. buffer: floats as many as the band has elements; unused for float.
+  void (*grad_input_pixels)(const FlowWarpParams& p, const RowRange* ranges, const Band& band,
+                            float* buffer);
+  // Planes, at most kTileChannels. buffer: kTileChannels floats per pixel of the band and of one
+  // more tile.
+  void (*grad_input_tiles)(const FlowWarpParams& p, const std::vector<Tile>& tiles,
+                           const Band& band, float* buffer, bool stream);
 };
 
 extern const BilinearKernels kBilinearPortable;

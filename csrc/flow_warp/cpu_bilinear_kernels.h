@@ -2,7 +2,7 @@
 // file per vector level, which first defines
 //   MAFNET_KERNEL  the attribute that lets a function use the level's instructions
 //   Vec, kLanes    the vector; it has + and *
-//   load, store, stream, broadcast, sum_of, load_pairs
+//   load, store, stream, broadcast, sum_of, load_pairs, interleave_low, interleave_high
 //
 // Every pixel is interpolated in one cell of 2 x 2 pixels inside the image, whatever the padding:
 // taps in the padding become weights of the cell, or nothing. A row of a cell is then one pair of
@@ -15,13 +15,15 @@
 // clang-format off: each of these builds on the one before
 #include "flow_warp/cpu_bilinear_plan.h"
 #include "flow_warp/cpu_bilinear_forward.h"
-#include "flow_warp/cpu_bilinear_backward.h"
+#include "flow_warp/cpu_bilinear_grad_flow.h"
+#include "flow_warp/cpu_bilinear_grad_input.h"
 // clang-format on
 
 namespace mafnet {
 namespace {
 
-constexpr BilinearKernels kKernels{&forward, &grad_flow, &row_range, &grad_input};
+constexpr BilinearKernels kKernels{&forward,    &grad_flow,         &row_range,
+                                   &find_tiles, &grad_input_pixels, &grad_input_tiles};
 
 }  // namespace
 }  // namespace mafnet

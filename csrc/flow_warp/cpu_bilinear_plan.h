@@ -23,8 +23,8 @@ constexpr int kSpanStride = kSpan + 16;
 constexpr int64_t kPlanes = 4;
 // How far ahead the cells of a channels_last image are fetched.
 constexpr int kPixelsAhead = 8;
-// Pixels transposed at a time.
-constexpr int kTilePixels = 128;
+// How far ahead the planes of grad_output are fetched.
+constexpr int kTilesAhead = 4;
 
 struct Axis {
   float position[kSpanStride];

@@ -42,6 +42,10 @@ MAFNET_INLINE void stream(T* p, Vec v) {
   store(p, v);
 }
 
+// {a[0], b[0], a[1], b[1]}, and what follows.
+MAFNET_INLINE Vec interleave_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+MAFNET_INLINE Vec interleave_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+
 // left = plane[offset], right = plane[offset + 1].
 template <typename T>
 MAFNET_INLINE void load_pairs(const T* plane, const int* offset, Vec& left, Vec& right) {

@@ -82,11 +82,20 @@ def test_forward(layout: str, dtype: torch.dtype, bar: float) -> None:
     assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
 
 
-@pytest.mark.parametrize(("layout", "bar"), [("NCHW", 2.0), ("channels_last", 4.0)])
-def test_backward(layout: str, bar: float) -> None:
-    image, flow, grid = make_case(layout, torch.float32)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "bar"),
+    [
+        ("NCHW", torch.float32, 3.5),
+        ("channels_last", torch.float32, 4.0),
+        ("NCHW", torch.bfloat16, 3.5),
+        ("channels_last", torch.bfloat16, 4.0),
+    ],
+    ids=str,
+)
+def test_backward(layout: str, dtype: torch.dtype, bar: float) -> None:
+    image, flow, grid = make_case(layout, dtype)
     grad = torch.randn_like(image)
-    leaves = [t.clone(memory_format=torch.preserve_format) for t in (image, flow, grid)]
+    leaves = [t.clone(memory_format=torch.preserve_format) for t in (image, flow, grid.to(dtype))]
     x, f, g = (leaf.requires_grad_() for leaf in leaves)
     forward = minima([lambda: flow_warp(x, f), lambda: sample(x, g)])
     both = minima(
@@ -108,3 +117,20 @@ def test_half_precision_is_right_at_this_size(layout: str, dtype: torch.dtype) -
     output = flow_warp(image, flow)
     bound = 8 * (torch.finfo(dtype).eps + 4 * WIDTH * torch.finfo(torch.float32).eps)
     assert (output - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("width", [WIDTH, WIDTH - 3])  # whole lines of the cache, and not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, width: int) -> None:
+    """Large ones are stored around the caches; 16 channels alone are not."""
+    image, flow, _ = make_case("NCHW", dtype)
+    image, flow = image[..., :width].contiguous(), flow[:, :, :width]
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        output = flow_warp(x, flow)
+        return output, torch.autograd.grad(output, x, x.detach())[0]
+
+    parts = zip(*(run(part) for part in image.split(16, dim=1)))
+    for large, small in zip(run(image), parts):
+        assert torch.equal(large, torch.cat(small, dim=1))

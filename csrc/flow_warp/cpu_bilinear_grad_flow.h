@@ -1,9 +1,8 @@
-// The gradients of the bilinear kernel, over the plan of cpu_bilinear_plan.h. See
-// cpu_bilinear_kernels.h.
+// The gradient of the flow, over the plan of cpu_bilinear_plan.h. See cpu_bilinear_kernels.h.
 namespace mafnet {
 namespace {
 
-// ---- grad_flow: the derivative of the blend, times grad_output, summed over the channels
+// The derivative of the blend, times grad_output, summed over the channels.
 
 // One pixel again without the taps that have no part in it; its sums were not finite.
 template <typename T>
@@ -138,131 +137,6 @@ MAFNET_KERNEL void grad_flow_span(const FlowWarpParams& p, const PixelSpan& span
 void grad_flow(const FlowWarpParams& p, const PixelSpan& span) {
   dispatch_type(p.dtype,
                 [&](auto type) { grad_flow_span<typename decltype(type)::type>(p, span); });
-}
-
-// ---- grad_input
-
-MAFNET_KERNEL RowRange row_range(const FlowWarpParams& p, int64_t n, int y) {
-  Axis axis;
-  RowRange range{p.height, -1};
-  for (int x = 0; x < p.out_width; x += kSpan) {
-    const PixelSpan span{n, static_cast<int64_t>(y) * p.out_width + x,
-                         std::min(kSpan, p.out_width - x)};
-    plan_axis_of_span(p, span, 1, axis);
-    for (int i = 0; i < span.count; ++i) {
-      range.first = std::min(range.first, axis.cell[i]);
-      range.last = std::max(range.last, axis.cell[i] + 1);
-    }
-  }
-  return range;
-}
-
-// Where a band is summed: sum[row][column][channel], `channels` floats per pixel.
-struct Sums {
-  float* sum;
-  int first_row, last_row;
-  int64_t width, channels;
-};
-
-// Adds pixels begin .. begin + count of the plan; pixel i has its channels at grad + i * stride.
-template <typename T>
-MAFNET_KERNEL void scatter(const Plan& plan, int begin, int count, const T* grad, int64_t stride,
-                           const Sums& band) {
-  const int64_t whole = band.channels / kLanes * kLanes;
-  for (int i = 0; i < count; ++i) {
-    const T* g = grad + i * stride;
-    for (int j = 0; j < 2; ++j) {
-      const int row = plan.y.cell[begin + i] + j;
-      if (row < band.first_row || row > band.last_row) continue;
-      for (int k = 0; k < 2; ++k) {
-        const float w = plan.y.weight[j][begin + i] * plan.x.weight[k][begin + i];
-        if (!(std::fabs(w) > 0)) continue;  // zero, or NaN
-        float* sum = band.sum + ((row - band.first_row) * band.width + plan.x.cell[begin + i] + k) *
-                                    band.channels;
-        const Vec weight = broadcast(w);
-        for (int64_t c = 0; c < whole; c += kLanes) {
-          store(sum + c, load(sum + c) + weight * load(g + c));
-        }
-        for (int64_t c = whole; c < band.channels; ++c) sum[c] += w * static_cast<float>(g[c]);
-      }
-    }
-  }
-}
-
-// tile[i][c] = plane c of grad at pixel i; the channels that are missing are zeros.
-template <typename T>
-MAFNET_KERNEL void transpose_tile(const T* grad, int64_t plane, int64_t channels, int count,
-                                  float* __restrict__ tile) {
-  if (channels < kTileChannels) std::fill_n(tile, count * kTileChannels, 0.0f);
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* source = grad + c * plane;
-    for (int i = 0; i < count; i += 16) {
-      __builtin_prefetch(source + i +
-                         kTilePixels);  // the next tile: so many streams, each so short
-      const int end = std::min(i + 16, count);
-      for (int k = i; k < end; ++k) tile[k * kTileChannels + c] = static_cast<float>(source[k]);
-    }
-  }
-}
-
-template <typename T>
-MAFNET_KERNEL void scatter_rows(const FlowWarpParams& p, const RowRange* ranges, const Band& band,
-                                const Sums& sums) {
-  Plan plan;
-  float tile[kTilePixels * kTileChannels];
-  const T* grad = static_cast<const T*>(p.grad_output) + band.n * p.grad_output_stride[0] +
-                  band.first_channel * p.grad_output_stride[1];
-  for (int y = 0; y < p.out_height; ++y) {
-    if (ranges[y].last < band.first_row || ranges[y].first > band.last_row) continue;
-    for (int x = 0; x < p.out_width; x += kSpan) {
-      const PixelSpan span{band.n, static_cast<int64_t>(y) * p.out_width + x,
-                           std::min(kSpan, p.out_width - x)};
-      plan_span(p, span, plan);
-      const T* g = grad + y * p.grad_output_stride[2] + x * p.grad_output_stride[3];
-      if (p.channels_last) {
-        scatter(plan, 0, span.count, g, p.grad_output_stride[3], sums);
-        continue;
-      }
-      for (int i = 0; i < span.count; i += kTilePixels) {
-        const int count = std::min(kTilePixels, span.count - i);
-        transpose_tile(g + i, p.grad_output_stride[1], band.channels, count, tile);
-        scatter(plan, i, count, tile, kTileChannels, sums);
-      }
-    }
-  }
-}
-
-template <typename T>
-MAFNET_KERNEL void grad_input_band(const FlowWarpParams& p, const RowRange* ranges,
-                                   const Band& band, float* buffer) {
-  T* target = static_cast<T*>(p.grad_input) + band.n * p.grad_input_stride[0] +
-              band.first_channel * p.grad_input_stride[1] + band.first_row * p.grad_input_stride[2];
-  const bool in_place = p.channels_last && std::is_same_v<T, float>;
-  const int64_t per_pixel = p.channels_last ? band.channels : kTileChannels;
-  const int64_t pixels = static_cast<int64_t>(band.last_row - band.first_row + 1) * p.width;
-  const Sums sums{in_place ? reinterpret_cast<float*>(target) : buffer, band.first_row,
-                  band.last_row, p.width, per_pixel};
-  std::fill_n(sums.sum, pixels * per_pixel, 0.0f);
-  scatter_rows<T>(p, ranges, band, sums);
-  if (in_place) return;
-  if (p.channels_last) {
-    const int64_t elements = pixels * per_pixel, whole = elements / kLanes * kLanes;
-    for (int64_t e = 0; e < whole; e += kLanes) store(target + e, load(buffer + e));
-    for (int64_t e = whole; e < elements; ++e) target[e] = static_cast<T>(buffer[e]);
-    return;
-  }
-  for (int64_t c = 0; c < band.channels; ++c) {
-    T* __restrict__ plane = target + c * p.grad_input_stride[1];
-    for (int64_t i = 0; i < pixels; ++i) {
-      plane[i] = static_cast<T>(buffer[i * kTileChannels + c]);
-    }
-  }
-}
-
-void grad_input(const FlowWarpParams& p, const RowRange* ranges, const Band& band, float* buffer) {
-  dispatch_type(p.dtype, [&](auto type) {
-    grad_input_band<typename decltype(type)::type>(p, ranges, band, buffer);
-  });
 }
 
 }  // namespace
