@@ -43,6 +43,7 @@ class Case:
     implementations: tuple[Implementation, ...]
     definition: Callable[..., Tensor]  # called in float64 for the match
     flops: int  # of the forward pass
+    terms: int  # products that an output element sums
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def flow_warp_cases(suite: Suite) -> Iterator[Case]:
                 implementations=implementations,
                 definition=warp_definition,
                 flops=8 * image.numel(),  # 4 taps, a multiplication and an addition each
+                terms=4,
             )
 
 
@@ -178,34 +180,39 @@ def modulated_deform_conv2d_cases(suite: Suite) -> Iterator[Case]:
     implementations = [Implementation("mafnet_ops", ours), torchvision_deform_conv2d()]
     if suite.device == "cpu":
         implementations.append(Implementation("PyTorch path", deform_conv_definition))
-    shapes = ((1, 9, 11, 8),) if suite.small else ((1, 64, 64, 8), (8, 64, 64, 8), (1, 180, 320, 8))
+    shapes: tuple[tuple[int, int, int, int], ...] = ((1, 9, 11, 8),)
+    if not suite.small:
+        shapes = ((1, 64, 64, 8), (8, 64, 64, 8), (1, 180, 320, 8), (1, 180, 320, 16))
     distributions: tuple[str, ...] = ("normal, sigma 2",)
     if suite.device == "cuda" and not suite.small:
         distributions += ("smooth", "uniform")
     for batch, height, width, groups in shapes:
-        for dtype in suite.dtypes:
-            for distribution in distributions:
-                torch.manual_seed(0)
-                device, low = suite.device, DTYPES[dtype]
-                offset_shape = (batch, 18 * groups, height, width)
-                inputs = (
-                    torch.randn(batch, 64, height, width, device=device).to(low),
-                    deform_conv_offsets(offset_shape, distribution, device),
-                    torch.rand(batch, 9 * groups, height, width, device=device),
-                    (torch.randn(64, 64, 3, 3, device=device) / 24).to(low),
-                    torch.randn(64, device=device).to(low),
-                )
-                yield Case(
-                    op="modulated_deform_conv2d",
-                    shape=f"{batch}x64x{height}x{width} k3 g{groups}",
-                    dtype=dtype,
-                    layout="planar",
-                    distribution=distribution,
-                    inputs=tuple(t.requires_grad_() for t in inputs),
-                    implementations=tuple(i for i in implementations if i is not None),
-                    definition=deform_conv_definition,
-                    flops=2 * 9 * 64 * 64 * batch * height * width,
-                )
+        for dtype, (layout, memory_format), distribution in itertools.product(
+            suite.dtypes, LAYOUTS.items(), distributions
+        ):
+            torch.manual_seed(0)
+            device, low = suite.device, DTYPES[dtype]
+            offset_shape = (batch, 18 * groups, height, width)
+            image = torch.randn(batch, 64, height, width, device=device)
+            inputs = (
+                image.to(low, memory_format=memory_format),
+                deform_conv_offsets(offset_shape, distribution, device),
+                torch.rand(batch, 9 * groups, height, width, device=device),
+                (torch.randn(64, 64, 3, 3, device=device) / 24).to(low),
+                torch.randn(64, device=device).to(low),
+            )
+            yield Case(
+                op="modulated_deform_conv2d",
+                shape=f"{batch}x64x{height}x{width} k3 g{groups}",
+                dtype=dtype,
+                layout=layout,
+                distribution=distribution,
+                inputs=tuple(t.requires_grad_() for t in inputs),
+                implementations=tuple(i for i in implementations if i is not None),
+                definition=deform_conv_definition,
+                flops=2 * 9 * 64 * 64 * batch * height * width,
+                terms=9 * 64,
+            )
 
 
 CASES: dict[str, Callable[[Suite], Iterator[Case]]] = {
