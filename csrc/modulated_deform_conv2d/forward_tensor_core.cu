@@ -340,8 +340,7 @@ bool takes(const ModulatedDeformConv2dParams& p) {
                           p.input_stride[0] % kVectorChannels == 0 &&
                           is_aligned(p.input, p.input_stride[2], p.input_stride[3]) &&
                           is_aligned(p.output, p.output_stride[0], p.output_stride[2]);
-  return has_type && has_channels && has_layout && static_cast<int64_t>(p.height) * p.width > 0 &&
-         is_small(p);
+  return has_type && has_channels && has_layout && is_small(p);
 }
 
 int64_t stages(const ModulatedDeformConv2dParams& p) {
