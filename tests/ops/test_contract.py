@@ -204,7 +204,6 @@ def test_torch_func(contract: Contract, dtype: torch.dtype) -> None:
 @feature("torch.vmap")
 @ops
 def test_vmap(contract: Contract) -> None:
-    _skip_refused(contract, "torch.vmap")
     several = [contract.make(2, SIZE) for _ in range(3)]
     several = [[t + 0.01 * k for t in tensors] for k, tensors in enumerate(several)]
     stacked = [torch.stack(column) for column in zip(*several)]
@@ -311,7 +310,6 @@ def test_export(contract: Contract) -> None:
 @feature("counted by torch's FLOP counter")
 @ops
 def test_flops(contract: Contract) -> None:
-    _skip_refused(contract, "counted by torch's FLOP counter")
     with FlopCounterMode(display=False) as counter:
         contract.call(*contract.tensors(2, SIZE, torch.float32, "cpu"))
     assert counter.get_total_flops() > 0
