@@ -94,7 +94,7 @@ def frame_to_rgb(frame: av.VideoFrame, tags: ColourTags) -> Tensor:
     layout = PixelLayout.of(frame.format.name)
     name = layout.planar_name()
     if frame.format.name not in (name, name.replace("yuv", "yuvj")):
-        frame = frame.reformat(format=name)
+        frame = repack(frame, name)
     planes = [torch.from_numpy(plane) for plane in _read_planes(frame)]
     if layout.family == "rgb":
         return planes[0].permute(2, 0, 1) / float(2 ** _stored_depth(name) - 1)
@@ -138,12 +138,20 @@ def rgb_to_frame(rgb: Tensor, format_name: str, tags: ColourTags) -> av.VideoFra
     frame = av.VideoFrame(rgb.shape[2], rgb.shape[1], name)
     _write_planes(frame, arrays)
     if name != format_name:
-        frame = frame.reformat(format=format_name)
+        frame = repack(frame, format_name)
     frame.colorspace = tags.matrix
     frame.color_range = RANGE_FULL if tags.full_range else 1
     frame.color_primaries = tags.primaries
     frame.color_trc = tags.transfer
     return frame
+
+
+def repack(frame: av.VideoFrame, format_name: str) -> av.VideoFrame:
+    """The same pixels in another layout.
+
+    On one thread: libswscale 9.5 loses whole rows of small p010 pictures when it may use more.
+    """
+    return frame.reformat(format=format_name, threads=1)
 
 
 def _stored_depth(planar_name: str) -> int:

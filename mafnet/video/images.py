@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .colour import repack
 from .errors import VideoError
 
 READABLE = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -136,7 +137,7 @@ def _load_deep_png(path: Path) -> Picture:
         frame = next(container.decode(video=0))
     grey = frame.format.name.startswith(("gray", "ya"))
     has_alpha = frame.format.name.startswith(("rgba", "ya"))
-    stored = frame.reformat(format="rgba64le" if has_alpha else "rgb48le")
+    stored = repack(frame, "rgba64le" if has_alpha else "rgb48le")
     plane = stored.planes[0]
     channels = 4 if has_alpha else 3
     rows = np.frombuffer(memoryview(plane), np.uint16).reshape(plane.height, -1)

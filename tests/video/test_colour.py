@@ -13,6 +13,7 @@ from mafnet.video.colour import (
     ColourTags,
     PixelLayout,
     frame_to_rgb,
+    repack,
     resolve_matrix,
     rgb_to_frame,
 )
@@ -115,8 +116,9 @@ def test_repacked_formats_are_read_as_their_planar_twin(name: str) -> None:
     tags = ColourTags(1, 1, 1, False)
     rgb = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     planar = rgb_to_frame(rgb, PixelLayout.of(name).planar_name(), tags)
-    packed = planar.reformat(format=name)
-    assert torch.equal(frame_to_rgb(packed, tags), frame_to_rgb(planar, tags))
+    packed = repack(planar, name)
+    for _ in range(100):  # with threads, libswscale gets one small p010 picture in ten wrong
+        assert torch.equal(frame_to_rgb(packed, tags), frame_to_rgb(planar, tags))
 
 
 def test_ten_bits_are_not_flattened() -> None:
