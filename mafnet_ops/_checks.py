@@ -9,6 +9,11 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+# Asked once: Dynamo of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
 
 def require(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
     """Raise ``ValueError`` unless ``condition`` holds."""
@@ -71,8 +76,6 @@ def pair(op: str, argument: str, value: int | Sequence[int], minimum: int) -> tu
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on ``device``, or None where autocast is off."""
-    if not torch.amp.is_autocast_available(device.type):
-        return None
-    if not torch.is_autocast_enabled(device.type):
+    if device.type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
