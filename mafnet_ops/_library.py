@@ -101,7 +101,8 @@ def register_op(
         name: the public name.
         kernels: its raw ops, e.g. ``("flow_warp_forward", "flow_warp_backward")``; a device type has the
             native backend when its library implements all of them.
-        other: asked with a device type where there is no native kernel; a backend, or None for PyTorch.
+        other: asked first, with a device type; a backend, or None for the native one where it is there, else
+            PyTorch.
 
     Returns:
         The device types with native kernels.
@@ -130,10 +131,12 @@ def backend(op: str, device: torch.device | str) -> Backend:
     if op not in _OPS:
         raise KeyError(f"backend: op: expected one of {', '.join(_OPS)}, got {op}")
     entry, kind = _OPS[op], torch.device(device).type
+    chosen = entry.other(kind) if entry.other is not None else None
+    if chosen is not None:
+        return chosen
     if kind in _DISPATCH_KEYS and _has_kernels(entry.kernels, kind):
         return Backend("native", f"compiled {_DISPATCH_KEYS[kind]} kernel")
-    chosen = entry.other(kind) if entry.other is not None else None
-    return chosen or Backend("pytorch", _why_not_native(entry, kind))
+    return Backend("pytorch", _why_not_native(entry, kind))
 
 
 def _why_not_native(entry: _Op, kind: str) -> str:

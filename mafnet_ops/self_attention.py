@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
+from ._autograd import fold, jvp_by_vjp, unfold
 from ._checks import (
     autocast_dtype,
     pair,
@@ -29,25 +33,31 @@ def self_attention(
     window: int | None = None,
     image_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """``softmax(query @ key^T * scale) @ value`` without ever holding the L x L scores.
+    """``softmax(query @ key^T * scale) @ value`` without ever holding the L_q x L_k scores.
 
     The non-local form (Wang et al., "Non-local Neural Networks", CVPR 2018; Zhang et al., "SAGAN", ICML 2019): the
     default scale is 1, not 1 / sqrt(D), and the widths of query and value are free.
 
     Args:
-        query, key: (N, heads, L, D_qk), floating point; D_qk at least 1.
-        value: (N, heads, L, D_v), the dtype of query.
+        query: (N, heads, L_q, D_qk), floating point, any strides; D_qk at least 1.
+        key: (N, heads, L_k, D_qk). L_k may differ from L_q (sub-sampled keys) where there is no window.
+        value: (N, heads, L_k, D_v), all three of one dtype.
         scale: factor on the scores.
         window: None, or attend only within window x window squares of an image whose pixels, row by row, are
             the L tokens. Squares start at pixel (0, 0); those cut by the right or bottom edge are smaller.
         image_size: (H, W) with H * W = L; needed with ``window``.
 
     Returns:
-        (N, heads, L, D_v) in the dtype of value. Scores and softmax are computed in fp32 (fp64 for double).
+        (N, heads, L_q, D_v) in the dtype of value. Where value is a transposed view of (N, heads, D_v, L_k), as an
+        image (N, C, H, W) gives it, the result is one too; otherwise it is contiguous. The same holds for each
+        gradient and its tensor. No keys give zeros.
+
+    Scores, softmax and sums are fp32 (fp64 for double). Memory is O(L), in the backward too: it computes the scores
+    again from the logarithm of their sum. Gradients flow to query, key and value, any number of times (compiled
+    code: once); forward mode, ``torch.func`` and vmap work. Second derivatives and forward mode go through PyTorch
+    code. On the CPU results have the same bits on every run and with any number of threads.
 
     Under autocast query, key and value run in autocast's dtype, scores and softmax stay fp32.
-
-    Memory is O(L): at most ``reference.MAX_SCORES`` scores exist at a time, in the backward too.
 
     Raises:
         ValueError: a shape, device, window or image size that does not fit.
@@ -62,33 +72,289 @@ def self_attention(
         require_same_dtype(_OP, "query", tensors)
     else:
         query, key, value = query.to(low), key.to(low), value.to(low)
+    options = _check(query, key, value, window, image_size)
+    if not _has_kernels(query, key, value):
+        return _reference(scale, options)(query, key, value)
+    # Dynamo refuses a Function with a custom jvp and has no use for one.
+    function = _SelfAttention if torch.compiler.is_compiling() else _SelfAttentionWithJvp
+    output: Tensor = function.apply(query, key, value, float(scale), options)[0]
+    return output
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    image_size: Sequence[int] | None,
+) -> tuple[int, ...]:
+    """Raise unless the shapes fit; () or (window, H, W)."""
+    batch, heads, length, depth = query.shape
+    keys = length if window is not None else key.shape[2]
+    expected = (batch, heads, keys, depth)
+    where = "query, with window" if window is not None else "query, any L"
+    require(tuple(key.shape) == expected, _OP, "key", f"{expected} as {where}", tuple(key.shape))
     require(
-        key.shape == query.shape, _OP, "key", f"{tuple(query.shape)} as query", tuple(key.shape)
-    )
-    require(
-        value.shape[:3] == query.shape[:3],
+        value.shape[:3] == key.shape[:3],
         _OP,
         "value",
-        f"N, heads, L = {tuple(query.shape[:3])} as query",
+        f"N, heads, L = {tuple(key.shape[:3])} as key",
         tuple(value.shape[:3]),
     )
-    require(query.shape[3] > 0, _OP, "query", "D_qk of at least 1", query.shape[3])
-    # Autocast would take the scores back to its dtype.
-    precise = nullcontext() if low is None else torch.autocast(query.device.type, enabled=False)
+    require(depth > 0, _OP, "query", "D_qk of at least 1", depth)
     if window is None:
-        with precise:
-            return reference.self_attention(query, key, value, scale)
+        return ()
     require(window >= 1, _OP, "window", "None or an int >= 1", window)
     require(image_size is not None, _OP, "image_size", "(H, W) with window", None)
     assert image_size is not None
     size = pair(_OP, "image_size", image_size, 1)
-    length = query.shape[2]
     require(size[0] * size[1] == length, _OP, "image_size", f"H * W = L = {length}", size)
-    with precise:
-        return reference.windowed_self_attention(query, key, value, scale, window, size)
+    return (window, *size)
 
 
-_library.register_op(_OP)
+# ------------------------------------------------------------------------------------- schema and fake
+
+# window is empty, or (window, H, W). lse is the natural logarithm of each row's sum of exp(score * scale), fp32
+# (fp64 for double).
+_library.LIBRARY.define(
+    "self_attention_forward(Tensor query, Tensor key, Tensor value, float scale, SymInt[] window) -> "
+    "(Tensor out, Tensor lse)"
+)
+_library.LIBRARY.define(
+    "self_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "float scale, SymInt[] window, bool deterministic) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+
+
+def _triton() -> Any:
+    """The Triton kernels; they and Triton itself are imported by the first call on a GPU."""
+    return import_module(f"{__package__}.self_attention_triton")
+
+
+def _why_no_triton() -> str | None:
+    if _library.disabled():
+        return "MAFNET_DISABLE_EXT=1"
+    if torch.version.cuda is None:
+        return "this torch is a build without CUDA"
+    return "triton is not installed" if find_spec("triton") is None else None
+
+
+_WHY_NO_TRITON = _why_no_triton()
+
+
+def _backend(device_type: str) -> _library.Backend | None:
+    if device_type != "cuda":
+        return None
+    if _WHY_NO_TRITON is None:
+        return _library.Backend("triton", "compiled for the GPU at the first call")
+    return _library.Backend("pytorch", _WHY_NO_TRITON)
+
+
+_NATIVE_DEVICES = _library.register_op(
+    _OP, ("self_attention_forward", "self_attention_backward"), _backend
+)
+_library.LIBRARY.impl("self_attention_forward", lambda *args: _triton().forward(*args), "CUDA")
+_library.LIBRARY.impl("self_attention_backward", lambda *args: _triton().backward(*args), "CUDA")
+
+
+def _has_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if query.device.type == "cuda":
+        return _WHY_NO_TRITON is None and _triton().supported(query, key, value) is None
+    return query.device.type in _NATIVE_DEVICES
+
+
+def _empty_like_tokens(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Dense, with tokens side by side where those of ``tensor`` are: the layout of every result."""
+    _, heads, length, depth = shape
+    if tensor.stride(2) == 1 and tensor.stride(3) != 1:
+        strides = (heads * depth * length, depth * length, 1, length)
+        return tensor.new_empty_strided(shape, strides)
+    return tensor.new_empty(shape)
+
+
+@torch.library.register_fake("mafnet_ops::self_attention_forward", lib=_library.LIBRARY)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    out = _empty_like_tokens(value, (*query.shape[:3], value.shape[3]))
+    return out, query.new_empty(query.shape[:3], dtype=reference.coordinate_dtype(query.dtype))
+
+
+@torch.library.register_fake("mafnet_ops::self_attention_backward", lib=_library.LIBRARY)
+def _(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_like_tokens(t, tuple(t.shape)) for t in (query, key, value))
+
+
+def _scores(query_shape: Any, key_shape: Any, window: Sequence[int]) -> int:
+    """How many scores there are."""
+    batch, heads, length, _ = query_shape
+    if not window:
+        return int(batch * heads * length * key_shape[2])
+    side, *size = window
+    rows, columns = (n // side * side**2 + (n % side) ** 2 for n in size)  # sums of squares
+    return int(batch * heads * rows * columns)
+
+
+@register_flop_formula(torch.ops.mafnet_ops.self_attention_forward)
+def _flops(
+    query_shape: Any,
+    key_shape: Any,
+    value_shape: Any,
+    scale: float,
+    window: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The two matrix products."""
+    depth = query_shape[3] + value_shape[3]
+    return 2 * depth * _scores(query_shape, key_shape, window)
+
+
+@register_flop_formula(torch.ops.mafnet_ops.self_attention_backward)
+def _backward_flops(
+    grad_shape: Any,
+    query_shape: Any,
+    key_shape: Any,
+    value_shape: Any,
+    out_shape: Any,
+    lse_shape: Any,
+    scale: float,
+    window: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Five matrix products: scores, and gradients of the weights, query, key and value."""
+    depth = 3 * query_shape[3] + 2 * value_shape[3]
+    return 2 * depth * _scores(query_shape, key_shape, window)
+
+
+# ------------------------------------------------------------------------------------------ autograd
+
+_Optional = Tensor | None
+
+
+def _reference(scale: float, options: tuple[int, ...]) -> Any:
+    """The definition as a differentiable function of query, key and value."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Autocast would take the scores back to its dtype.
+        with torch.autocast(query.device.type, enabled=False):
+            if not options:
+                return reference.self_attention(query, key, value, scale)
+            window, *size = options
+            return reference.windowed_self_attention(query, key, value, scale, window, size)
+
+    return function
+
+
+class _SelfAttention(torch.autograd.Function):
+    """(query, key, value, scale, options) -> (out, lse)."""
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, scale: float, options: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.mafnet_ops.self_attention_forward(query, key, value, scale, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, ctx.options = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[_Optional, ...]:
+        # Dynamo cannot nest Functions here; it differentiates once.
+        function = _backward if torch.compiler.is_compiling() else _SelfAttentionBackward.apply
+        results = function(grads[0], *ctx.saved_tensors, ctx.scale, ctx.options)
+        return (*results, None, None)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        tensors = [fold(t, d, info.batch_size) for t, d in zip(args[:3], in_dims)]
+        out, lse = _SelfAttentionWithJvp.apply(*tensors, *args[3:])
+        return (unfold(out, info.batch_size), unfold(lse, info.batch_size)), (0, 0)
+
+
+class _SelfAttentionWithJvp(_SelfAttention):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, None]:
+        primals = ctx.saved_for_forward
+        return jvp_by_vjp(
+            _reference(ctx.scale, ctx.options), primals, _filled(primals, tangents)
+        ), None
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    options: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.ops.mafnet_ops.self_attention_backward(
+        grad_out, query, key, value, out, lse, scale, options, deterministic
+    )
+
+
+class _SelfAttentionBackward(torch.autograd.Function):
+    """The raw backward op, whose own gradient goes through the reference.
+
+    out and lse are functions of the other tensors, and the reference differentiates through them: they have no
+    gradient of their own.
+    """
+
+    forward = staticmethod(_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.scale, ctx.options = inputs[6:]
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[_Optional, ...]:
+        function = _reference_vjp(ctx.scale, ctx.options)
+        vjp: Any = torch.func.vjp(function, *ctx.saved_tensors)[1]
+        return (*vjp(grads), None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, ...]:
+        primals = ctx.saved_for_forward
+        function = _reference_vjp(ctx.scale, ctx.options)
+        return tuple(jvp_by_vjp(function, primals, _filled(primals, tangents)))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        tensors = [fold(t, d, info.batch_size) for t, d in zip(args[:6], in_dims)]
+        grads = _SelfAttentionBackward.apply(*tensors, *args[6:])
+        return tuple(unfold(g, info.batch_size) for g in grads), (0, 0, 0)
+
+
+def _filled(primals: tuple[Tensor, ...], tangents: tuple[_Optional, ...]) -> tuple[Tensor, ...]:
+    """The tangents, with zeros for the missing ones."""
+    return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents))
+
+
+def _reference_vjp(scale: float, options: tuple[int, ...]) -> Any:
+    """(grad_out, query, key, value) -> their gradients, by the reference."""
+
+    def backward(grad_out: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        vjp: Any = torch.func.vjp(_reference(scale, options), *tensors)[1]
+        return tuple(vjp(grad_out))
+
+    return backward
 
 
 class SelfAttention(nn.Module):
@@ -114,6 +380,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = input.shape[-2:]
+        # Views: the kernels read pixels where the convolutions left them, and write an image.
         query, key, value = (
             conv(input).flatten(2).transpose(1, 2).unsqueeze(1)
             for conv in (self.query, self.key, self.value)

@@ -437,12 +437,12 @@ ERRORS = [
     (
         dict(key=_Q[..., :2]),
         ValueError,
-        "key: expected (2, 1, 12, 3) as query, got (2, 1, 12, 2)",
+        "key: expected (2, 1, 12, 3) as query, any L, got (2, 1, 12, 2)",
     ),
     (
         dict(value=_Q[:, :, :11]),
         ValueError,
-        "value: expected N, heads, L = (2, 1, 12) as query, got (2, 1, 11)",
+        "value: expected N, heads, L = (2, 1, 12) as key, got (2, 1, 11)",
     ),
     (
         dict(query=_Q[..., :0], key=_Q[..., :0]),
