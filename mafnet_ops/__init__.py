@@ -4,7 +4,7 @@ Each op has a functional form, a module where it owns parameters, and a pure-PyT
 compiled kernels are used where they are built. ``mafnet_ops.doctor()`` says which backend each op uses and why.
 """
 
-from . import reference
+from . import compat, reference
 from ._version import __version__
 from .deform_align import DeformAlign, deform_align
 from .doctor import doctor
@@ -26,6 +26,7 @@ __all__ = [
     "PyramidSpatialAttention",
     "SelfAttention",
     "__version__",
+    "compat",
     "deform_align",
     "doctor",
     "flow_warp",
