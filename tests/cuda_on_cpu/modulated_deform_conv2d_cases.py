@@ -141,33 +141,38 @@ def arguments_of(case: Case, tensors: list[Any]) -> dict[str, Any]:
 
 
 def packed_weight_bytes(
-    kernels: Kernels, case: Case, tensors: list[Any], output: Tensor | None = None
+    kernels: Kernels,
+    case: Case,
+    tensors: list[Any],
+    output: Tensor | None = None,
+    **options: Any,
 ) -> int:
     """0: not for the tensor cores."""
     if output is None:
         output = poisoned(tensors[0], len(tensors[0]), len(tensors[3]), *tensors[1].shape[2:])
     size = np.zeros(1, np.int64)
-    arguments = arguments_of(case, tensors)
+    arguments = {**arguments_of(case, tensors), **options}
     kernels.run("packed_weight_bytes", **arguments, output=output, sizes=size).raise_if_any()
     return int(size[0])
 
 
 def forward(
-    kernels: Kernels, case: Case, tensors: list[Any], generic: bool = False, **options: Any
+    kernels: Kernels,
+    case: Case,
+    tensors: list[Any],
+    generic: bool = False,
+    order: str = "forward",
+    **options: Any,
 ) -> Tensor:
-    """On the tensor cores where they take it, unless generic."""
+    """On the tensor cores where they take it, unless generic. Options: more arguments of the entries."""
     input, offset, _, weight, bias = tensors
     output = poisoned(input, len(input), len(weight), *offset.shape[2:])
-    arguments = arguments_of(case, tensors)
-    packed = np.full(packed_weight_bytes(kernels, case, tensors, output), 0xFF, np.uint8)
+    arguments = {**arguments_of(case, tensors), **options}
+    size = packed_weight_bytes(kernels, case, tensors, output, **options)
+    packed = np.full(size, 0xFF, np.uint8)
     workspaces: dict[str, Any] = {"packed_weight": packed} if packed.size and not generic else {}
     kernels.run(
-        "forward",
-        **arguments,
-        bias=bias,
-        output=output,
-        **workspaces,
-        **options,
+        "forward", **arguments, bias=bias, output=output, **workspaces, order=order
     ).raise_if_any()
     used = packed.size > 0 and not (packed == 0xFF).all()  # poison where no kernel wrote
     assert used == (packed.size > 0 and not generic and output.numel() > 0)
@@ -186,7 +191,7 @@ def backward(
     """The wanted gradients that there are, by argument name, as the binding makes them."""
     input, offset, mask, weight, bias = tensors
     arguments = arguments_of(case, tensors)
-    sizes = np.zeros(2, np.int64)
+    sizes = np.zeros(3, np.int64)
     kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
     accumulator = torch.promote_types(input.dtype, torch.float32)
     grads = {
