@@ -19,7 +19,7 @@ struct Call {
   const char* op = nullptr;
   ModulatedDeformConv2dParams params{};
   Tensor input, offset, mask, weight, bias, grad_output, flow[2];
-  Tensor weight_partials, fixed_sums, exponents;  // on CUDA
+  Tensor weight_partials, flow_partials, fixed_sums, exponents;  // on CUDA
 };
 
 inline void check_dtype(const Call& call, const char* argument, const Tensor& tensor) {
@@ -181,8 +181,12 @@ inline void make_workspaces(bool deterministic, Tensor& grad_input, Call& call) 
       p.exponents = static_cast<int*>(call.exponents.mutable_data_ptr());
     }
   }
+  const ScalarType sums = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  if (p.raw.grad_flow[0] != nullptr || p.raw.grad_flow[1] != nullptr) {
+    call.flow_partials = workspace_on(call.input, modulated_deform_conv2d_flow_partials(p), sums);
+    p.flow_partials = call.flow_partials.mutable_data_ptr();
+  }
   if (p.grad_weight != nullptr) {
-    const ScalarType sums = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
     call.weight_partials =
         workspace_on(call.input, modulated_deform_conv2d_weight_partials(p), sums);
     p.weight_partials = call.weight_partials.mutable_data_ptr();

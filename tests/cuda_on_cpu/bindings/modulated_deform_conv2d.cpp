@@ -96,8 +96,8 @@ CUEMU_ENTRY(packed_weight_bytes) {
   return 0;
 }
 
-// Every gradient is optional; that of raw offsets and masks is one. grad_input are accumulators, zeroed; fixed_sums and exponents,
-// zeroed, make it deterministic.
+// Every gradient is optional; that of raw offsets and masks is one. grad_input are accumulators,
+// zeroed; fixed_sums and exponents, zeroed, make it deterministic.
 CUEMU_ENTRY(backward) {
   mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
   const Array grad_output = arguments.in("grad_output");
