@@ -13,10 +13,8 @@
 // A step is one tap of 32 channels. Coordinates and weights are float, samples are rounded once to
 // T, sums are float. Per (pixel, tap, offset group): offsets and mask read once where groups have 8
 // channels; per sample four 16-byte reads, from L1 where offsets are smooth.
-#include <cstring>
-
 #include "modulated_deform_conv2d/forward_tensor_core.cuh"
-#include "modulated_deform_conv2d/sample.cuh"
+#include "modulated_deform_conv2d/tensor_core_samples.cuh"
 
 namespace mafnet {
 namespace {
@@ -24,37 +22,17 @@ namespace {
 constexpr int kWarpPixels = 16, kPixels = kThreads / 32 * kWarpPixels;
 constexpr int kOutputs = 64, kColumnTiles = kOutputs / 8;
 constexpr int kStepChannels = 32, kVectorChannels = 8;
+constexpr int kSmallestRun = 4;                   // of channels in one offset group
 constexpr int kStageVectors = kColumnTiles * 32;  // of 16 bytes: one for every thread
 static_assert(kStageVectors == kThreads);
 constexpr int kStages = 4;  // 16 KiB; the rest of the SM's memory is L1, which the samples need
 constexpr int kAhead = kStages - 2;  // stages under way while one is used and one is being left
 
 // Bounds under which coordinates are exact in float and in split_floor, pixels and element offsets
-// of an image fit into int, and vector * reciprocal finds the offset group.
+// of an image fit into int, and products with reciprocals find the offset group.
 constexpr int64_t kMostPositions = int64_t{1} << 22;
 constexpr int64_t kMostElements = (int64_t{1} << 31) - 1;
 constexpr int kMostChannels = 2048;
-
-DEVICE float2 unpack(uint32_t pair, __half) {
-  __half2 v;
-  std::memcpy(&v, &pair, sizeof v);
-  return __half22float2(v);
-}
-DEVICE float2 unpack(uint32_t pair, __nv_bfloat16) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-template <typename Pair>
-DEVICE uint32_t bits_of_pair(Pair pair) {
-  uint32_t bits;
-  std::memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-DEVICE uint32_t pack(float low, float high, __half) {
-  return bits_of_pair(__floats2half2_rn(low, high));
-}
-DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
-  return bits_of_pair(__floats2bfloat162_rn(low, high));
-}
 
 // The output channel that column `column` of column tile `tile` stands for.
 DEVICE int output_of(int tile, int column) {
@@ -84,109 +62,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Coordinates {
-  float dy, dx, mask;
-};
-
-// offset and mask begin at the image; pixel is in it.
-template <typename T>
-DEVICE Coordinates load_coordinates(const ModulatedDeformConv2dParams& p, int64_t offset_image,
-                                    int64_t mask_image, int pixel, int plane) {
-  const int64_t at = offset_image + 2 * plane * p.offset_stride[1] + pixel * p.offset_stride[2];
-  const bool is_t = p.offset_dtype == p.dtype;
-  Coordinates c;
-  c.dy = load_coordinate<T>(p.offset, is_t, at);
-  c.dx = load_coordinate<T>(p.offset, is_t, at + p.offset_stride[1]);
-  c.mask = 1;
-  if (p.mask != nullptr) {
-    c.mask = load_coordinate<T>(p.mask, p.mask_dtype == p.dtype,
-                                mask_image + plane * p.mask_stride[1] + pixel * p.mask_stride[2]);
-  }
-  return c;
-}
-
-// The four corners of a sample, 8 channels each, and their weights.
-struct Corners {
-  uint4 value[4];
-  float weight[4];
-};
-
-template <typename T>
-DEVICE uint4 load_vector(const T* address) {
-  return *reinterpret_cast<const uint4*>(address);
-}
-
-// What a sample is made of before its corners are read.
-struct Position {
-  float y, x, part_y, part_x, mask;
-  int row, column;
-};
-
-DEVICE Position make_position(float base_y, float base_x, const Coordinates& c) {
-  Position s;
-  s.y = base_y + c.dy;
-  s.x = base_x + c.dx;
-  s.row = split_floor(s.y, s.part_y);
-  s.column = split_floor(s.x, s.part_x);
-  s.mask = c.mask;
-  return s;
-}
-
-// All four corners in the image. Not so for NaN and for far coordinates.
-DEVICE bool is_inner(const ModulatedDeformConv2dParams& p, const Position& s) {
-  return static_cast<unsigned>(s.row) < static_cast<unsigned>(p.height - 1) &&
-         static_cast<unsigned>(s.column) < static_cast<unsigned>(p.width - 1);
-}
-
-template <typename T>
-DEVICE Corners inner_corners(const Position& s, const T* image, int row_stride, int column_stride) {
-  const T* top = image + (s.row * row_stride + s.column * column_stride);
-  const T* bottom = top + row_stride;
-  Corners c;
-  c.value[0] = load_vector(top);
-  c.value[1] = load_vector(top + column_stride);
-  c.value[2] = load_vector(bottom);
-  c.value[3] = load_vector(bottom + column_stride);
-  const float low = (1 - s.part_y) * s.mask, high = s.part_y * s.mask;
-  c.weight[0] = low * (1 - s.part_x);
-  c.weight[1] = low * s.part_x;
-  c.weight[2] = high * (1 - s.part_x);
-  c.weight[3] = high * s.part_x;
-  return c;
-}
-
-template <typename T>
-DEVICE Corners edge_corners(const ModulatedDeformConv2dParams& p, const Position& s, const T* image,
-                            int row_stride, int column_stride) {
-  Sample<float> sample;
-  sample.rows = sample_axis<Interpolation::kBilinear, float>(s.y, p.height, Padding::kZeros);
-  sample.columns = sample_axis<Interpolation::kBilinear, float>(s.x, p.width, Padding::kZeros);
-  Corners c;
-  for_corners(sample, row_stride, column_stride, [&](int j, int k, bool inside, int64_t at) {
-    c.value[2 * j + k] = inside ? load_vector(image + at) : make_uint4(0, 0, 0, 0);
-    c.weight[2 * j + k] = sample.rows.weight[j] * s.mask * sample.columns.weight[k];
-  });
-  return c;
-}
-
-// The sample of 8 channels as four pairs.
-template <typename T>
-DEVICE void blend(const Corners& c, uint32_t (&sample)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float low = 0, high = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t pairs[4] = {c.value[k].x, c.value[k].y, c.value[k].z, c.value[k].w};
-      const float2 v = unpack(pairs[i], T());
-      low += c.weight[k] * v.x;
-      high += c.weight[k] * v.y;
-    }
-    sample[i] = pack(low, high, T());
-  }
-}
-
-template <typename T>
+// A lane's kVectorChannels channels lie in kParts offset groups (or runs of one).
+template <typename T, int kParts, bool kRaw>
 __global__ void __launch_bounds__(kThreads, 2)
     modulated_deform_conv2d_forward_tensor_core_kernel(const ModulatedDeformConv2dParams p) {
   SHARED(uint4, ring, [kStages][kStageVectors]);
@@ -211,16 +88,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     base_y[q] = static_cast<float>(row * p.stride_h - p.padding_h);
     base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
   }
-  const int64_t offset_image = n * p.offset_stride[0], mask_image = n * p.mask_stride[0];
+  const CoordinateOrigin origin = make_origin(p, n);
 
   const int parts = p.channels / kStepChannels, steps = p.taps() * parts;
   const T* image =
       static_cast<const T*>(p.input) + n * p.input_stride[0] + lane % 4 * kVectorChannels;
   const int row_stride = static_cast<int>(p.input_stride[2]);
   const int column_stride = static_cast<int>(p.input_stride[3]);
-  // Vector v of a pixel lies in offset group v / vectors_per_group, by a product and a shift.
-  const int vectors_per_group = p.offset_group_channels() / kVectorChannels;
-  const int reciprocal = ((1 << 16) + vectors_per_group - 1) / vectors_per_group;
+  // Run v of kRun channels lies in offset group v / runs_per_group % offset_groups, by products and
+  // shifts.
+  constexpr int kRun = kVectorChannels / kParts, kRunWords = kRun * int{sizeof(T)} / 4;
+  const int runs_per_group = p.offset_group_channels() / kRun;
+  const int run_reciprocal = ((1 << 16) + runs_per_group - 1) / runs_per_group;
+  const int group_reciprocal = ((1 << 20) + p.offset_groups - 1) / p.offset_groups;
 
   const uint4* packed = static_cast<const uint4*>(p.packed_weight);
   const auto fetch_stage = [&](int step) {
@@ -237,34 +117,44 @@ __global__ void __launch_bounds__(kThreads, 2)
   int part = 0, tap_row = 0, tap_column = 0;
   for (int step = 0; step < steps; ++step) {
     const int tap = tap_row * p.kernel_w + tap_column;
-    const int vector = part * (kStepChannels / kVectorChannels) + lane % 4;
-    const int plane = (vector * reciprocal >> 16) * p.taps() + tap;
+    const int run = (part * (kStepChannels / kVectorChannels) + lane % 4) * kParts;
     const float tap_y = static_cast<float>(tap_row * p.dilation_h);
     const float tap_x = static_cast<float>(tap_column * p.dilation_w);
-    Position position[2];
+    Position position[kParts][2];
+    bool inner = true;
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      position[q] =
-          make_position(base_y[q] + tap_y, base_x[q] + tap_x,
-                        load_coordinates<T>(p, offset_image, mask_image, pixel[q], plane));
-    }
-    const T* source = image + part * kStepChannels;
-    const bool inner = is_inner(p, position[0]) && is_inner(p, position[1]);
-    Corners corners[2];
-    if (__all_sync(0xffffffffu, inner)) {
+    for (int i = 0; i < kParts; ++i) {
+      const int part_group = (run + i) * run_reciprocal >> 16;
+      const int offset_group = part_group - (part_group * group_reciprocal >> 20) * p.offset_groups;
+      const int plane = offset_group * p.taps() + tap;
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        corners[q] = inner_corners(position[q], source, row_stride, column_stride);
+        position[i][q] =
+            make_position(base_y[q] + tap_y, base_x[q] + tap_x,
+                          load_coordinates<T, kRaw>(p, origin, pixel[q], offset_group, plane));
+        inner = is_inner(p, position[i][q]) && inner;
+      }
+    }
+    const T* source = image + part * kStepChannels;
+    Corners<kRunWords> corners[kParts][2];
+    if (__all_sync(0xffffffffu, inner)) {
+#pragma unroll
+      for (int i = 0; i < 2 * kParts; ++i) {
+        corners[i / 2][i % 2] = inner_corners<kRunWords>(
+            position[i / 2][i % 2], source + i / 2 * kRun, row_stride, column_stride);
       }
     } else {
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        corners[q] = edge_corners(p, position[q], source, row_stride, column_stride);
+      for (int i = 0; i < 2 * kParts; ++i) {
+        corners[i / 2][i % 2] = edge_corners<kRunWords>(
+            p, position[i / 2][i % 2], source + i / 2 * kRun, row_stride, column_stride);
       }
     }
     uint32_t samples[2][4];
-    blend<T>(corners[0], samples[0]);
-    blend<T>(corners[1], samples[1]);
+#pragma unroll
+    for (int i = 0; i < 2 * kParts; ++i) {
+      blend<T>(corners[i / 2][i % 2], samples[i % 2] + i / 2 * kRunWords);
+    }
     const uint32_t a[2][4] = {{samples[0][0], samples[1][0], samples[0][1], samples[1][1]},
                               {samples[0][2], samples[1][2], samples[0][3], samples[1][3]}};
 
@@ -335,7 +225,7 @@ bool takes(const ModulatedDeformConv2dParams& p) {
       p.dtype == Dtype::kFloat16 || (p.dtype == Dtype::kBFloat16 && has_bfloat16_tensor_cores());
   const bool has_channels =
       p.groups == 1 && p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
-      p.offset_group_channels() % kVectorChannels == 0 && p.out_channels % kVectorChannels == 0;
+      p.offset_group_channels() % kSmallestRun == 0 && p.out_channels % kVectorChannels == 0;
   const bool has_layout = p.input_stride[1] == 1 && p.output_stride[1] == 1 &&
                           p.input_stride[0] % kVectorChannels == 0 &&
                           is_aligned(p.input, p.input_stride[2], p.input_stride[3]) &&
@@ -354,8 +244,13 @@ int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
   if (status != 0) return status;
   const int64_t blocks =
       p.batch * ceil_div(p.pixels(), kPixels) * ceil_div(p.out_channels, kOutputs);
-  return launch(modulated_deform_conv2d_forward_tensor_core_kernel<T>, grid_of(blocks),
-                dim3(kThreads), 0, stream, p);
+  const bool whole = p.offset_group_channels() % kVectorChannels == 0;
+  const auto kernel = p.raw.used
+                          ? whole ? modulated_deform_conv2d_forward_tensor_core_kernel<T, 1, true>
+                                  : modulated_deform_conv2d_forward_tensor_core_kernel<T, 2, true>
+                      : whole ? modulated_deform_conv2d_forward_tensor_core_kernel<T, 1, false>
+                              : modulated_deform_conv2d_forward_tensor_core_kernel<T, 2, false>;
+  return launch(kernel, grid_of(blocks), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_cases
+from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_probe
 from cuda_on_cpu.build import CSRC, build
 from cuda_on_cpu.emulator import Kernels, needs_emulator, op_library
 from cuda_on_cpu.mutants import Mutant, find, kernel_files
@@ -119,7 +119,7 @@ OPS = {
         },
     ),
     "modulated_deform_conv2d": Op(
-        modulated_deform_conv2d_cases.probe,
+        modulated_deform_conv2d_probe.probe,
         idle=DEFORM_IDLE,
     ),
 }

@@ -18,9 +18,7 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     DOUBLE,
     DTYPES,
     GRADS,
-    NOT_FOR_TENSOR_CORES,
     OP,
-    TENSOR_CORE_CASES,
     Case,
     backward,
     check_backward,
@@ -30,16 +28,20 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     check_forward,
     check_gradient_alone,
     check_nan_offset,
-    check_not_for_tensor_cores,
-    check_slices_on_tensor_cores,
-    check_strides_for_tensor_cores,
-    check_wild_offsets_on_tensor_cores,
     check_wild_weight,
     forward,
     hold_gradients,
     hold_output,
     packed_weight_bytes,
     random_grad,
+)
+from cuda_on_cpu.modulated_deform_conv2d_tensor_core_cases import (
+    NOT_FOR_TENSOR_CORES,
+    TENSOR_CORE_CASES,
+    check_not_for_tensor_cores,
+    check_slices_on_tensor_cores,
+    check_strides_for_tensor_cores,
+    check_wild_offsets_on_tensor_cores,
 )
 from tolerances import assert_same
 from torch import Tensor
@@ -86,7 +88,10 @@ def test_forward_on_tensor_cores(kernels: Kernels, case: Case, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("offset_groups", [16, 32])
+def test_fragments_hold_the_channels_that_they_should(
+    kernels: Kernels, dtype: torch.dtype, offset_groups: int
+) -> None:
     """A weight that permutes channels permutes them, to the bit: 128 in 4 vectors of 2 halves, to 128 in 2 tiles."""
     case = Case(
         1,
@@ -95,7 +100,7 @@ def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: t
         (5, 7),
         (1, 1),
         padding=(0, 0),
-        offset_groups=16,
+        offset_groups=offset_groups,
         channels_last=True,
         mask=False,
         bias=False,
@@ -131,7 +136,12 @@ def test_accesses(checked: Kernels, case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["4 steps, 72 outputs, 129 pixels", "half offsets, float mask, 96 channels in 3"]
+    "name",
+    [
+        "4 steps, 72 outputs, 129 pixels",
+        "half offsets, float mask, 96 channels in 3",
+        "offset groups of 12 channels, 12 steps, no mask",
+    ],
 )
 def test_accesses_on_tensor_cores(checked: Kernels, name: str) -> None:
     check_forward(checked, TENSOR_CORE_CASES[name], torch.bfloat16, ("random",))
@@ -163,8 +173,11 @@ def test_nan_offset_gives_nan_there_and_only_there(
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
-    check_wild_offsets_on_tensor_cores(kernels, dtype)
+@pytest.mark.parametrize("offset_groups", [8, 16])
+def test_wild_offsets_on_tensor_cores(
+    kernels: Kernels, dtype: torch.dtype, offset_groups: int
+) -> None:
+    check_wild_offsets_on_tensor_cores(kernels, dtype, offset_groups)
 
 
 def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:
