@@ -10,6 +10,7 @@ from .deform_align import DeformAlign, deform_align
 from .doctor import doctor
 from .flow_warp import flow_warp
 from .modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
+from .non_local import NonLocalBlock
 from .pyramid_spatial_attention import (
     PyramidSpatialAttention,
     pool_concat,
@@ -23,6 +24,7 @@ from .self_attention import SelfAttention, self_attention
 __all__ = [
     "DeformAlign",
     "ModulatedDeformConv2d",
+    "NonLocalBlock",
     "PyramidSpatialAttention",
     "SelfAttention",
     "__version__",

@@ -21,6 +21,7 @@ from ._checks import (
     require_same_dtype,
     require_tensor,
 )
+from ._state_dict import RenameOnLoad
 
 _OP = "self_attention"
 
@@ -357,6 +358,9 @@ def _reference_vjp(scale: float, options: tuple[int, ...]) -> Any:
     return backward
 
 
+_NAMES = ((r"(query|key|value)_conv\.(.*)", r"\1.\2"),)  # as most public SAGAN code calls them
+
+
 class SelfAttention(nn.Module):
     """SAGAN's block: ``x + gamma * attention(x)`` with 1 x 1 convolutions to query, key and value.
 
@@ -365,7 +369,8 @@ class SelfAttention(nn.Module):
         reduction: query and key have ``max(C // reduction, 1)`` channels.
         window: None for the whole frame, else the side of the square windows in pixels.
 
-    ``gamma`` starts at 0, so an untrained block is the identity.
+    ``gamma`` starts at 0, so an untrained block is the identity. State dicts with ``query_conv``, ``key_conv`` and
+    ``value_conv`` load too.
     """
 
     def __init__(self, channels: int, reduction: int = 8, window: int | None = None) -> None:
@@ -377,6 +382,7 @@ class SelfAttention(nn.Module):
         self.key = nn.Conv2d(channels, inner, 1)
         self.value = nn.Conv2d(channels, channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
+        self.register_load_state_dict_pre_hook(RenameOnLoad(_NAMES))
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = input.shape[-2:]
