@@ -30,17 +30,31 @@ DEVICE bool is_inner(const ModulatedDeformConv2dParams& p, const Position& s) {
          static_cast<unsigned>(s.column) < static_cast<unsigned>(p.width - 1);
 }
 
+// kWords words of channels, in reads of at most 16 bytes.
+template <int kWords>
+struct Words {
+  static constexpr int kOfRead = kWords < 4 ? kWords : 4, kReads = kWords / kOfRead;
+  Vector<uint32_t, kOfRead> read[kReads];
+
+  template <typename T>
+  static DEVICE Words load(const T* address) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      words.read[i] =
+          load_vector<uint32_t, kOfRead>(reinterpret_cast<const uint32_t*>(address) + i * kOfRead);
+    }
+    return words;
+  }
+  DEVICE uint32_t at(int i) const { return read[i / kOfRead].at[i % kOfRead]; }
+};
+
 // The four corners of a sample of kWords words of channels, and their weights.
 template <int kWords>
 struct Corners {
-  Vector<uint32_t, kWords> value[4];
+  Words<kWords> value[4];
   float weight[4];
 };
-
-template <int kWords, typename T>
-DEVICE Vector<uint32_t, kWords> load_words(const T* address) {
-  return load_vector<uint32_t, kWords>(reinterpret_cast<const uint32_t*>(address));
-}
 
 template <int kWords, typename T>
 DEVICE Corners<kWords> inner_corners(const Position& s, const T* image, int row_stride,
@@ -48,10 +62,10 @@ DEVICE Corners<kWords> inner_corners(const Position& s, const T* image, int row_
   const T* top = image + (s.row * row_stride + s.column * column_stride);
   const T* bottom = top + row_stride;
   Corners<kWords> c;
-  c.value[0] = load_words<kWords>(top);
-  c.value[1] = load_words<kWords>(top + column_stride);
-  c.value[2] = load_words<kWords>(bottom);
-  c.value[3] = load_words<kWords>(bottom + column_stride);
+  c.value[0] = Words<kWords>::load(top);
+  c.value[1] = Words<kWords>::load(top + column_stride);
+  c.value[2] = Words<kWords>::load(bottom);
+  c.value[3] = Words<kWords>::load(bottom + column_stride);
   const float low = (1 - s.part_y) * s.mask, high = s.part_y * s.mask;
   c.weight[0] = low * (1 - s.part_x);
   c.weight[1] = low * s.part_x;
@@ -68,46 +82,46 @@ DEVICE Corners<kWords> edge_corners(const ModulatedDeformConv2dParams& p, const 
   sample.columns = sample_axis<Interpolation::kBilinear, float>(s.x, p.width, Padding::kZeros);
   Corners<kWords> c;
   for_corners(sample, row_stride, column_stride, [&](int j, int k, bool inside, int64_t at) {
-    c.value[2 * j + k] = inside ? load_words<kWords>(image + at) : Vector<uint32_t, kWords>{};
+    c.value[2 * j + k] = inside ? Words<kWords>::load(image + at) : Words<kWords>{};
     c.weight[2 * j + k] = sample.rows.weight[j] * s.mask * sample.columns.weight[k];
   });
   return c;
 }
 
-DEVICE float2 unpack(uint32_t pair, __half) {
+// A word's channels: two halves, or one float.
+template <typename T>
+constexpr int kOfWord = 4 / sizeof(T);
+
+DEVICE void unpack(uint32_t word, float (&channels)[2], __half) {
   __half2 v;
-  std::memcpy(&v, &pair, sizeof v);
-  return __half22float2(v);
+  std::memcpy(&v, &word, sizeof v);
+  const float2 both = __half22float2(v);
+  channels[0] = both.x;
+  channels[1] = both.y;
 }
-DEVICE float2 unpack(uint32_t pair, __nv_bfloat16) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+DEVICE void unpack(uint32_t word, float (&channels)[2], __nv_bfloat16) {
+  channels[0] = __uint_as_float(word << 16);
+  channels[1] = __uint_as_float(word & 0xffff0000u);
 }
-template <typename Pair>
-DEVICE uint32_t bits_of_pair(Pair pair) {
-  uint32_t bits;
-  std::memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-DEVICE uint32_t pack(float low, float high, __half) {
-  return bits_of_pair(__floats2half2_rn(low, high));
-}
-DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
-  return bits_of_pair(__floats2bfloat162_rn(low, high));
+DEVICE void unpack(uint32_t word, float (&channels)[1], float) {
+  channels[0] = __uint_as_float(word);
 }
 
-// The sample as pairs.
+// The samples of the corners' channels.
 template <typename T, int kWords>
-DEVICE void blend(const Corners<kWords>& c, uint32_t* sample) {
+DEVICE void blend(const Corners<kWords>& c, float* samples) {
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    float low = 0, high = 0;
+    float sums[kOfWord<T>] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float2 v = unpack(c.value[k].at[i], T());
-      low += c.weight[k] * v.x;
-      high += c.weight[k] * v.y;
+      float channels[kOfWord<T>];
+      unpack(c.value[k].at(i), channels, T());
+#pragma unroll
+      for (int j = 0; j < kOfWord<T>; ++j) sums[j] += c.weight[k] * channels[j];
     }
-    sample[i] = pack(low, high, T());
+#pragma unroll
+    for (int j = 0; j < kOfWord<T>; ++j) samples[i * kOfWord<T> + j] = sums[j];
   }
 }
 

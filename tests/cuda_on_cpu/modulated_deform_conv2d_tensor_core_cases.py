@@ -136,7 +136,7 @@ def check_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None
     assert packed_weight_bytes(kernels, case, case.tensors(torch.float16)) > 0
     other = replace(case, **change)
     assert packed_weight_bytes(kernels, other, other.tensors(torch.float16)) == 0
-    assert packed_weight_bytes(kernels, case, case.tensors(torch.float32)) == 0
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float64)) == 0
 
 
 def check_strides_for_tensor_cores(kernels: Kernels) -> None:
