@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> deform_align_backward
 
 MAFNET_LIBRARY_IMPL(module) {
   // Until the kernels of both take raw offsets, PyTorch makes plain ones of them on CUDA.
-  if constexpr (false) {
+  if constexpr (!kIsCuda) {
     module.impl("deform_align_forward", TORCH_BOX(&deform_align_forward));
     module.impl("deform_align_backward", TORCH_BOX(&deform_align_backward));
   }
