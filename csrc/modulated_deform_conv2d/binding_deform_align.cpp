@@ -93,11 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> deform_align_backward
 }  // namespace
 
 MAFNET_LIBRARY_IMPL(module) {
-  // Until the kernels of the CPU take raw offsets, PyTorch makes plain ones of them there.
-  if constexpr (kIsCuda) {
-    module.impl("deform_align_forward", TORCH_BOX(&deform_align_forward));
-    module.impl("deform_align_backward", TORCH_BOX(&deform_align_backward));
-  }
+  module.impl("deform_align_forward", TORCH_BOX(&deform_align_forward));
+  module.impl("deform_align_backward", TORCH_BOX(&deform_align_backward));
 }
 
 }  // namespace mafnet
