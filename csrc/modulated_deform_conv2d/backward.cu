@@ -12,8 +12,10 @@
 // per corner and channel one atomic add. Those into float come in no fixed order; into fixed_sums
 // they are integers, whose sum has none (see fixed_point.cuh).
 //
-// grad_weight and grad_bias are in backward_weight.cu.
+// Where there is a packed_weight, backward_tensor_core.cu does it. grad_weight and grad_bias are in
+// backward_weight.cu.
 #include "modulated_deform_conv2d/backward.cuh"
+#include "modulated_deform_conv2d/backward_tensor_core.cuh"
 #include "modulated_deform_conv2d/fixed_point.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
 
@@ -25,15 +27,6 @@ constexpr int kPixels = 64, kChunk = 8;
 constexpr int kSlots = kThreads / kPixels, kOwn = kChunk / kSlots;
 constexpr int kDepth = 32;  // output channels of a tile: 9 KiB of shared memory, 18 for double
 static_assert(kDepth * kChunk == kThreads, "one weight per thread");
-
-template <typename T>
-DEVICE void store_coordinate(void* data, bool is_feature_type, int64_t at, Accumulator<T> value) {
-  if (is_feature_type) {
-    static_cast<T*>(data)[at] = from_accumulator<T>(value);
-  } else {
-    static_cast<float*>(data)[at] = static_cast<float>(value);
-  }
-}
 
 template <typename T, bool kFixed>
 __global__ void __launch_bounds__(kThreads, 2)  // left alone, the compiler spills to fit 4
@@ -174,7 +167,8 @@ int launch_samples(const ModulatedDeformConv2dParams& p, void* stream) {
 int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& p, void* stream) {
   int status = 0;
   if (p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr) {
-    status = launch_samples(p, stream);
+    status = p.packed_weight != nullptr ? launch_backward_samples_tensor_core(p, stream)
+                                        : launch_samples(p, stream);
   }
   if (status != 0) return status;
   if (p.grad_weight != nullptr) status = launch_backward_weight(p, stream);

@@ -61,7 +61,7 @@ Tensor workspace_on(const Tensor& like, int64_t count, ScalarType dtype) {
 struct Call {
   ModulatedDeformConv2dParams params{};
   Tensor offset, mask, weight, bias, grad_output;
-  Tensor weight_partials, fixed_sums, exponents;  // on CUDA
+  Tensor packed_weight, weight_partials, fixed_sums, exponents;  // on CUDA
 };
 
 Call make_call(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
@@ -168,6 +168,13 @@ void make_workspaces(const Tensor& input, bool deterministic, Tensor& grad_input
       torch::stable::zero_(call.exponents);
       p.fixed_sums = static_cast<int64_t*>(call.fixed_sums.mutable_data_ptr());
       p.exponents = static_cast<int*>(call.exponents.mutable_data_ptr());
+    }
+  }
+  if (p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr) {
+    const int64_t bytes = modulated_deform_conv2d_backward_packed_weight_bytes(p);
+    if (bytes > 0) {
+      call.packed_weight = workspace_on(input, bytes, ScalarType::Byte);
+      p.packed_weight = call.packed_weight.mutable_data_ptr();
     }
   }
   if (p.grad_weight != nullptr) {

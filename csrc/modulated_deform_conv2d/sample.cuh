@@ -17,6 +17,16 @@ DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, in
   return static_cast<Accumulator<T>>(static_cast<const float*>(data)[at]);
 }
 
+// The same of a gradient.
+template <typename T>
+DEVICE void store_coordinate(void* data, bool is_feature_type, int64_t at, Accumulator<T> value) {
+  if (is_feature_type) {
+    static_cast<T*>(data)[at] = from_accumulator<T>(value);
+  } else {
+    static_cast<float*>(data)[at] = static_cast<float>(value);
+  }
+}
+
 // The taps of both axes; those outside the image have index kOutside. NaN: none inside, NaN
 // weights.
 template <typename A>

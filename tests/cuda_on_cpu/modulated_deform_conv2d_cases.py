@@ -185,9 +185,6 @@ def backward(
 ) -> dict[str, Tensor]:
     """The wanted gradients that there are, by argument name, as the binding makes them."""
     input, offset, mask, weight, bias = tensors
-    arguments = arguments_of(case, tensors)
-    sizes = np.zeros(2, np.int64)
-    kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
     accumulator = torch.promote_types(input.dtype, torch.float32)
     grads = {
         "input": poisoned(input, *input.shape, dtype=accumulator).zero_(),
@@ -197,23 +194,33 @@ def backward(
         "bias": None if bias is None else torch.full(bias.shape, math.nan, dtype=bias.dtype),
     }
     present = {name: g for name, g in grads.items() if g is not None and name in wanted}
+    targets: dict[str, Any] = {f"grad_{name}": g for name, g in present.items()}
+    arguments = {**arguments_of(case, tensors), "grad_output": grad_output}
+    sizes = workspace_sizes(kernels, arguments)
     workspaces: dict[str, Any] = {}
     if deterministic and "input" in present:
-        workspaces["fixed_sums"] = np.zeros(int(sizes[1]) * input.numel(), np.int64)
+        workspaces["fixed_sums"] = np.zeros(sizes[1] * input.numel(), np.int64)
         workspaces["exponents"] = np.zeros(3, np.int32)
     if "weight" in present:
-        workspaces["weight_partials"] = torch.full((int(sizes[0]),), math.nan, dtype=accumulator)
-    targets: dict[str, Any] = {f"grad_{name}": g for name, g in present.items()}
-    report = kernels.run(
-        "backward",
-        **arguments,
-        grad_output=grad_output,
-        **targets,
-        **workspaces,
-        **options,
-    )
+        workspaces["weight_partials"] = torch.full((sizes[0],), math.nan, dtype=accumulator)
+    packed = np.full(sizes[2], 0xFF, np.uint8)
+    on_tensor_cores = packed.size > 0 and bool({"input", "offset", "mask"} & present.keys())
+    if on_tensor_cores:
+        workspaces["packed_weight"] = packed
+    report = kernels.run("backward", **arguments, **targets, **workspaces, **options)
     report.raise_if_any()
+    assert not on_tensor_cores or not (packed == 0xFF).all()  # poison where no kernel wrote
     return {n: g.to(input.dtype) if n == "input" else g for n, g in present.items()}
+
+
+def workspace_sizes(kernels: Kernels, arguments: dict[str, Any]) -> list[int]:
+    """Of a backward: elements of weight_partials, limbs of fixed_sums, bytes of packed_weight.
+
+    The last is 0 where the tensor cores do not take it.
+    """
+    sizes = np.zeros(3, np.int64)
+    kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
+    return [int(size) for size in sizes]
 
 
 def oracle(case: Case, tensors: list[Any], grad_output: Tensor) -> dict[str, Tensor]:
