@@ -153,7 +153,7 @@ def extension(name: str, device_glob: str) -> Extension:
     """A library of every op folder under csrc that has a file matching device_glob."""
     sources = ["csrc/module.cpp"]
     for folder in sorted({path.parent for path in ROOT.glob(f"csrc/*/{device_glob}")}):
-        files = [folder / "binding.cpp", *sorted(folder.glob(device_glob))]
+        files = [*sorted(folder.glob("binding*.cpp")), *sorted(folder.glob(device_glob))]
         sources += [str(path.relative_to(ROOT)) for path in files]
     return Extension(f"mafnet_ops.{name}", sources, py_limited_api=True)
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
-from ._checks import require, require_same_device, require_shape, require_tensor
+from ._autograd import empty_like_input
+from ._checks import autocast_dtype, require, require_shape, require_tensor
+from ._deformable import (
+    GEOMETRY_SCHEMA,
+    Geometry,
+    check_convolution,
+    coordinates,
+    make_functions,
+    pairs,
+)
 from .modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
 
 _OP = "deform_align"
@@ -25,6 +36,7 @@ def deform_align(
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
+    parts: int = 1,
 ) -> Tensor:
     """Flow-guided deformable alignment (Chan et al., "BasicVSR++", CVPR 2022, section 3.2).
 
@@ -41,6 +53,9 @@ def deform_align(
             offset groups; of two, ``flow_1`` serves the first half of the groups and ``flow_2`` the second.
         max_residue_magnitude: bound on the learnt part of the offset, in pixels.
         stride, padding, dilation: as :func:`modulated_deform_conv2d`; the default padding keeps the size at 3 x 3.
+        parts: input is this many equal parts side by side, say two states of a recurrence, that are sampled at the
+            same places: each is cut into the G offset groups by itself. With ``groups`` a multiple of it the parts
+            stay apart. Cheaper than a call for each, as positions and masks are worked out once.
 
     Returns:
         (N, C_out, H_out, W_out) in the dtype of ``input``. Gradients flow to input, raw, weight, bias and flows.
@@ -49,46 +64,168 @@ def deform_align(
         ValueError: a shape or device that does not fit; ``flow_2`` without ``flow_1``; an odd G with two flows.
         TypeError: a dtype that is not floating point.
     """
-    require_tensor(_OP, "input", input, 4)
-    require_tensor(_OP, "raw", raw, 4)
-    require_tensor(_OP, "weight", weight, 4)
-    taps = weight.shape[2] * weight.shape[3]
-    require(taps > 0, _OP, "weight", "a kernel of at least 1 x 1", tuple(weight.shape[2:]))
-    groups, rest = raw.shape[1] // (3 * taps), raw.shape[1] % (3 * taps)
-    expected = f"a positive multiple of 3 * {taps} channels"
-    require(rest == 0 and groups > 0, _OP, "raw", expected, f"{raw.shape[1]} channels")
+    low = autocast_dtype(input.device) if isinstance(input, Tensor) else None
+    if low is not None and input.dtype != torch.float64:
+        input, weight = input.to(low), weight.to(low)
+        bias = None if bias is None else bias.to(low)
+    geometry = _check(input, raw, weight, bias, flow_1, flow_2, parts, (stride, padding, dilation))
+    raw = coordinates(_OP, "raw", raw, input)
+    flow_1 = None if flow_1 is None else coordinates(_OP, "flow_1", flow_1, input)
+    flow_2 = None if flow_2 is None else coordinates(_OP, "flow_2", flow_2, input)
+    if flow_1 is not None and flow_2 is not None and flow_1.dtype != flow_2.dtype:
+        compute = reference.coordinate_dtype(input.dtype)
+        flow_1, flow_2 = flow_1.to(compute), flow_2.to(compute)
+    if input.device.type not in _NATIVE_DEVICES:
+        # The prologue in PyTorch, then whatever runs the convolution here.
+        offset, mask = _offsets(raw, flow_1, flow_2, max_residue_magnitude, parts)
+        return modulated_deform_conv2d(input, offset, mask, weight, bias, *pairs(geometry))
+    options = (float(max_residue_magnitude), *geometry, parts)
+    return _FUNCTIONS.apply(input, raw, flow_1, flow_2, weight, bias, options)
+
+
+def _check(
+    input: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    flow_1: Tensor | None,
+    flow_2: Tensor | None,
+    parts: int,
+    geometry: Sequence[int | Sequence[int]],
+) -> Geometry:
+    flows = {"flow_1": flow_1, "flow_2": flow_2}
+    for name, flow in flows.items():
+        if flow is not None:
+            require_tensor(_OP, name, flow, 4)
+    require(isinstance(parts, int) and parts > 0, _OP, "parts", "an int >= 1", parts)
+    tensors = {"input": input, "raw": raw, "weight": weight, "bias": bias, **flows}
+    checked = check_convolution(_OP, tensors, "raw", 3, geometry, parts)
+    groups = raw.shape[1] // (3 * weight.shape[2] * weight.shape[3])
     require(
         flow_2 is None or flow_1 is not None, _OP, "flow_1", "a tensor where flow_2 is given", None
     )
-    require(
-        flow_2 is None or groups % 2 == 0,
-        _OP,
-        "raw",
-        "an even number of offset groups for two flows",
-        groups,
-    )
+    expected = "an even number of offset groups for two flows"
+    require(flow_2 is None or groups % 2 == 0, _OP, "raw", expected, groups)
     shape = (raw.shape[0], *raw.shape[2:], 2)
-    for name, flow in (("flow_1", flow_1), ("flow_2", flow_2)):
+    for name, flow in flows.items():
         if flow is not None:
-            require_tensor(_OP, name, flow, 4)
             require_shape(_OP, name, flow, shape, "(N, H_out, W_out, 2)")
-    if bias is not None:
-        require_tensor(_OP, "bias", bias, 1)
-    tensors = {"input": input, "raw": raw, "weight": weight, "bias": bias}
-    require_same_device(_OP, "input", {**tensors, "flow_1": flow_1, "flow_2": flow_2})
+    return checked
+
+
+def _offsets(
+    raw: Tensor,
+    flow_1: Tensor | None,
+    flow_2: Tensor | None,
+    max_residue_magnitude: float,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    """Offset and mask of the plain convolution."""
     offset, mask = reference.deform_align_offsets(raw, flow_1, flow_2, max_residue_magnitude)
-    return modulated_deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation)
+    return offset.repeat(1, parts, 1, 1), mask.repeat(1, parts, 1, 1)
+
+
+# ------------------------------------------------------------------------------------- schema and fake
+
+_TENSORS = ("input", "raw", "flow_1", "flow_2", "weight", "bias")
+_OPTIONS = f"float max_residue_magnitude, {GEOMETRY_SCHEMA}, int parts"
+_library.LIBRARY.define(
+    "deform_align_forward(Tensor input, Tensor raw, Tensor? flow_1, Tensor? flow_2, Tensor weight, "
+    f"Tensor? bias, {_OPTIONS}) -> Tensor"
+)
+_library.LIBRARY.define(
+    "deform_align_backward(Tensor grad_output, Tensor input, Tensor raw, Tensor? flow_1, "
+    f"Tensor? flow_2, Tensor weight, {_OPTIONS}, {', '.join(f'bool need_{t}' for t in _TENSORS)}, "
+    "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _backend(device_type: str) -> _library.Backend:
-    """The convolution decides; its prologue is PyTorch on every device."""
+    """Where there is no kernel for raw offsets the convolution decides."""
     convolution = _library.backend("modulated_deform_conv2d", device_type)
     return _library.Backend(
         convolution.name, f"prologue in PyTorch, then modulated_deform_conv2d: {convolution.reason}"
     )
 
 
-_library.register_op(_OP, other=_backend)
+_NATIVE_DEVICES = _library.register_op(
+    _OP, ("deform_align_forward", "deform_align_backward"), other=_backend
+)
+
+
+@torch.library.register_fake("mafnet_ops::deform_align_forward", lib=_library.LIBRARY)
+def _(
+    input: Tensor,
+    raw: Tensor,
+    flow_1: Tensor | None,
+    flow_2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *options: float,
+) -> Tensor:
+    return empty_like_input(input, (input.shape[0], weight.shape[0], *raw.shape[2:]))
+
+
+@torch.library.register_fake("mafnet_ops::deform_align_backward", lib=_library.LIBRARY)
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    raw: Tensor,
+    flow_1: Tensor | None,
+    flow_2: Tensor | None,
+    weight: Tensor,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    needs = [bool(need) for need in options[8:14]]
+
+    def batch(tensor: Tensor, needed: bool) -> int:
+        return tensor.shape[0] if needed else 0
+
+    def flow_like(flow: Tensor | None, needed: bool) -> Tensor:
+        if flow is None:
+            return raw.new_empty((0, *raw.shape[2:], 2))
+        return flow.new_empty((batch(flow, needed), *flow.shape[1:]))
+
+    return (
+        empty_like_input(input, (batch(input, needs[0]), *input.shape[1:])),
+        raw.new_empty((batch(raw, needs[1]), *raw.shape[1:])),
+        flow_like(flow_1, needs[2]),
+        flow_like(flow_2, needs[3]),
+        weight.new_empty((batch(weight, needs[4]), *weight.shape[1:])),
+        weight.new_empty((batch(weight, needs[5]),)),
+    )
+
+
+@register_flop_formula(torch.ops.mafnet_ops.deform_align_forward)
+def _flops(input_shape: Any, raw_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """As the plain convolution's; tanh, sigmoid and positions are not counted."""
+    out_channels, group_channels, kernel_h, kernel_w = args[2]
+    samples = input_shape[0] * raw_shape[2] * raw_shape[3] * kernel_h * kernel_w
+    return samples * (2 * out_channels * group_channels + 8 * input_shape[1])
+
+
+# ------------------------------------------------------------------------------------------ autograd
+
+
+def _definition(
+    input: Tensor,
+    raw: Tensor,
+    flow_1: Tensor | None,
+    flow_2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Any,
+) -> Tensor:
+    max_residue_magnitude, geometry, parts = options[0], options[1:7], options[7]
+    offset, mask = _offsets(raw, flow_1, flow_2, max_residue_magnitude, parts)
+    return reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *pairs(geometry))
+
+
+_FUNCTIONS = make_functions(
+    torch.ops.mafnet_ops.deform_align_forward,
+    torch.ops.mafnet_ops.deform_align_backward,
+    _definition,
+)
 
 
 class DeformAlign(ModulatedDeformConv2d):

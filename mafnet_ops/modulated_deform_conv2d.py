@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
-from ._autograd import empty_like_input, fold, jvp_by_vjp, memory_format_of, unfold
-from ._checks import (
-    autocast_dtype,
-    pair,
-    require,
-    require_same_device,
-    require_same_dtype,
-    require_shape,
-    require_tensor,
+from ._autograd import empty_like_input, memory_format_of
+from ._checks import autocast_dtype, pair, require, require_shape, require_tensor
+from ._deformable import (
+    GEOMETRY_SCHEMA,
+    Geometry,
+    check_convolution,
+    coordinates,
+    make_functions,
+    pairs,
 )
 
 _OP = "modulated_deform_conv2d"
@@ -77,28 +77,12 @@ def modulated_deform_conv2d(
         input, weight = input.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
     geometry = _check(input, offset, mask, weight, bias, stride, padding, dilation)
-    offset = _coordinates("offset", offset, input)
-    mask = None if mask is None else _coordinates("mask", mask, input)
+    offset = coordinates(_OP, "offset", offset, input)
+    mask = None if mask is None else coordinates(_OP, "mask", mask, input)
     if input.device.type not in _NATIVE_DEVICES:
-        out = reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
+        out = _definition(input, offset, mask, weight, bias, geometry)
         return out.contiguous(memory_format=memory_format_of(input))
-    # Dynamo refuses a Function with a custom jvp and has no use for one.
-    compiling = torch.compiler.is_compiling()
-    function = _ModulatedDeformConv2d if compiling else _ModulatedDeformConv2dWithJvp
-    flat = (*geometry[0], *geometry[1], *geometry[2])
-    return function.apply(input, offset, mask, weight, bias, flat)
-
-
-def _coordinates(argument: str, value: Tensor, input: Tensor) -> Tensor:
-    """Offset or mask in a dtype that the kernels take: that of ``input``, or fp32 beside half precision."""
-    compute = reference.coordinate_dtype(input.dtype)
-    if value.dtype in (input.dtype, compute):
-        return value
-    if value.dtype == torch.float64:
-        raise TypeError(
-            f"{_OP}: {argument}: expected dtype {input.dtype} or float32, got {value.dtype}"
-        )
-    return value.to(compute)  # loses nothing
+    return _FUNCTIONS.apply(input, offset, mask, weight, bias, geometry)
 
 
 def _check(
@@ -107,76 +91,28 @@ def _check(
     mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    require_tensor(_OP, "input", input, 4)
-    require_tensor(_OP, "offset", offset, 4)
-    require_tensor(_OP, "weight", weight, 4)
+    *geometry: int | Sequence[int],
+) -> Geometry:
     if mask is not None:
         require_tensor(_OP, "mask", mask, 4)
-    if bias is not None:
-        require_tensor(_OP, "bias", bias, 1)
     tensors = {"input": input, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
-    require_same_device(_OP, "input", tensors)
-    require_same_dtype(_OP, "input", {"input": input, "weight": weight, "bias": bias})
-
-    stride_ = pair(_OP, "stride", stride, 1)
-    padding_ = pair(_OP, "padding", padding, 0)
-    dilation_ = pair(_OP, "dilation", dilation, 1)
-    batch, channels, height, width = input.shape
-    require(channels > 0, _OP, "input", "at least 1 channel", tuple(input.shape))
-    out_channels, group_channels, kernel_h, kernel_w = weight.shape
-    fits = group_channels > 0 and channels % group_channels == 0
-    require(
-        fits, _OP, "weight", f"shape[1] to divide the {channels} input channels", group_channels
-    )
-    groups = channels // group_channels
-    require(
-        out_channels % groups == 0,
-        _OP,
-        "weight",
-        f"shape[0] a multiple of {groups} groups",
-        out_channels,
-    )
-    taps = kernel_h * kernel_w
-    require(taps > 0, _OP, "weight", "a kernel of at least 1 x 1", (kernel_h, kernel_w))
-    # No divmod: Dynamo cannot trace it with dynamic shapes.
-    offset_groups, rest = offset.shape[1] // (2 * taps), offset.shape[1] % (2 * taps)
-    require(
-        rest == 0 and offset_groups > 0 and channels % offset_groups == 0,
-        _OP,
-        "offset",
-        f"2 * G * {taps} channels with G dividing the {channels} input channels",
-        f"{offset.shape[1]} channels",
-    )
-    out_h = (height + 2 * padding_[0] - dilation_[0] * (kernel_h - 1) - 1) // stride_[0] + 1
-    out_w = (width + 2 * padding_[1] - dilation_[1] * (kernel_w - 1) - 1) // stride_[1] + 1
-    require(out_h > 0 and out_w > 0, _OP, "input", "an output of at least 1 x 1", (out_h, out_w))
-    shape = (batch, offset.shape[1], out_h, out_w)
-    require_shape(_OP, "offset", offset, shape, "(N, 2 * G * K, H_out, W_out)")
+    checked = check_convolution(_OP, tensors, "offset", 2, geometry)
     if mask is not None:
-        shape = (batch, offset_groups * taps, out_h, out_w)
+        shape = (offset.shape[0], offset.shape[1] // 2, *offset.shape[2:])
         require_shape(_OP, "mask", mask, shape, "(N, G * K, H_out, W_out)")
-    if bias is not None:
-        require_shape(_OP, "bias", bias, (out_channels,), "(C_out,)")
-    return stride_, padding_, dilation_
+    return checked
 
 
 # ------------------------------------------------------------------------------------- schema and fake
 
-_GEOMETRY = ", ".join(
-    f"int {name}_{axis}" for name in ("stride", "padding", "dilation") for axis in "hw"
-)
 _ARGUMENTS = ("input", "offset", "mask", "weight", "bias")
 _library.LIBRARY.define(
     "modulated_deform_conv2d_forward(Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
-    f"Tensor? bias, {_GEOMETRY}) -> Tensor"
+    f"Tensor? bias, {GEOMETRY_SCHEMA}) -> Tensor"
 )
 _library.LIBRARY.define(
     "modulated_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor? mask, "
-    f"Tensor weight, {_GEOMETRY}, {', '.join(f'bool need_{name}' for name in _ARGUMENTS)}, "
+    f"Tensor weight, {GEOMETRY_SCHEMA}, {', '.join(f'bool need_{name}' for name in _ARGUMENTS)}, "
     "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _NATIVE_DEVICES = _library.register_op(
@@ -236,194 +172,23 @@ def _flops(
 
 # ------------------------------------------------------------------------------------------ autograd
 
-# The tensors of every call below are (input, offset, mask, weight, bias), where mask and bias may be None;
-# geometry is (stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w).
-_Geometry = tuple[int, ...]
-_Optional = Tensor | None
 
-
-class _ModulatedDeformConv2d(torch.autograd.Function):
-    """(input, offset, mask, weight, bias, geometry) -> output."""
-
-    @staticmethod
-    def forward(
-        input: Tensor,
-        offset: Tensor,
-        mask: _Optional,
-        weight: Tensor,
-        bias: _Optional,
-        geometry: _Geometry,
-    ) -> Tensor:
-        return torch.ops.mafnet_ops.modulated_deform_conv2d_forward(
-            input, offset, mask, weight, bias, *geometry
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.geometry = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[_Optional, ...]:
-        input, offset, mask, weight, _ = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[:5])
-        # Dynamo cannot nest Functions here; it differentiates once.
-        function = (
-            _backward if torch.compiler.is_compiling() else _ModulatedDeformConv2dBackward.apply
-        )
-        grads = function(grad, input, offset, mask, weight, ctx.geometry, needs)
-        return (*(g if need else None for g, need in zip(grads, needs)), None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        """The new dimension joins the batch; samples with weights of their own go one by one."""
-        *tensors, geometry = args
-        function = _ModulatedDeformConv2dWithJvp.apply
-        if in_dims[3] is None and in_dims[4] is None:
-            folded = _fold_images(tensors, in_dims, info.batch_size, per_image=(0, 1, 2))
-            return unfold(function(*folded, geometry), info.batch_size), 0
-        parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
-        return torch.stack([function(*part, geometry) for part in parts]), 0
-
-
-class _ModulatedDeformConv2dWithJvp(_ModulatedDeformConv2d):
-    @staticmethod
-    def jvp(ctx: Any, *tangents: _Optional) -> Tensor:
-        present, primals, filled = _present(ctx.saved_for_forward, tangents)
-        return jvp_by_vjp(_reference(present, ctx.geometry), primals, filled)
-
-
-def _backward(
-    grad: Tensor,
+def _definition(
     input: Tensor,
     offset: Tensor,
-    mask: _Optional,
+    mask: Tensor | None,
     weight: Tensor,
-    geometry: _Geometry,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor, ...]:
-    return torch.ops.mafnet_ops.modulated_deform_conv2d_backward(
-        grad,
-        input,
-        offset,
-        mask,
-        weight,
-        *geometry,
-        *needs,
-        torch.are_deterministic_algorithms_enabled(),
-    )
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    return reference.modulated_deform_conv2d(input, offset, mask, weight, bias, *pairs(geometry))
 
 
-class _ModulatedDeformConv2dBackward(torch.autograd.Function):
-    """The raw backward op, whose own gradient goes through the reference."""
-
-    forward = staticmethod(_backward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.geometry, ctx.needs = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[_Optional, ...]:
-        present, primals, _ = _present(ctx.saved_tensors, (None,) * 5)
-        vjp: Any = torch.func.vjp(_reference_vjp(present, ctx.geometry, ctx.needs), *primals)[1]
-        results = iter(vjp(tuple(g for g, need in zip(grads, ctx.needs) if need)))
-        return (*(next(results) if there else None for there in present), None, None)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, ...]:
-        present, primals, filled = _present(ctx.saved_for_forward, tangents)
-        function = _reference_vjp(present, ctx.geometry, ctx.needs)
-        results = iter(jvp_by_vjp(function, primals, filled))
-        _, input, offset, mask, weight = ctx.saved_for_forward
-        bias = weight[:, 0, 0, 0]
-        outputs = (input, offset, offset if mask is None else mask, weight, bias)
-        return tuple(
-            next(results) if need else t.new_zeros((0, *t.shape[1:]))
-            for need, t in zip(ctx.needs, outputs)
-        )
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *args: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        *tensors, geometry, needs = args
-        function = _ModulatedDeformConv2dBackward.apply
-        if in_dims[4] is None and not needs[3] and not needs[4]:
-            folded = _fold_images(tensors, in_dims, info.batch_size, per_image=(0, 1, 2, 3))
-            grads = function(*folded, geometry, needs)
-            unfolded = [unfold(g, info.batch_size) for g in grads[:3]]
-            unfolded += [g.new_empty((info.batch_size, *g.shape)) for g in grads[3:]]
-        else:  # gradients of weight and bias are sums over the images: one by one
-            parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
-            each = [function(*part, geometry, needs) for part in parts]
-            unfolded = [torch.stack(same) for same in zip(*each)]
-        return tuple(unfolded), (0,) * 5
-
-
-def _present(
-    primals: tuple[_Optional, ...], tangents: tuple[_Optional, ...]
-) -> tuple[list[bool], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Which tensors are there, those, and their tangents with zeros for the missing ones."""
-    pairs = [(p, t) for p, t in zip(primals, tangents) if p is not None]
-    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
-    return [p is not None for p in primals], tuple(p for p, _ in pairs), filled
-
-
-def _reference(present: list[bool], geometry: _Geometry) -> Any:
-    """The definition as a function of the tensors that are there, in fp64: differentiable any number of times."""
-
-    def function(*tensors: Tensor) -> Tensor:
-        values = iter(t.double() for t in tensors)
-        input, offset, mask, weight, bias = (next(values) if there else None for there in present)
-        assert input is not None and offset is not None and weight is not None
-        out = reference.modulated_deform_conv2d(
-            input, offset, mask, weight, bias, *zip(geometry[::2], geometry[1::2])
-        )
-        return out.to(tensors[0].dtype)
-
-    return function
-
-
-def _reference_vjp(present: list[bool], geometry: _Geometry, needs: tuple[bool, ...]) -> Any:
-    """(grad_output, input, offset, mask, weight) -> the wanted gradients, by the reference."""
-    # The bias adds to the output, so that its value is of no matter, and zeros serve.
-    of_forward = [*present[1:], needs[4]]
-
-    def backward(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        bias = [tensors[-1].new_zeros(tensors[-1].shape[0])] if needs[4] else []
-        function = _reference(of_forward, geometry)
-        vjp: Any = torch.func.vjp(function, *tensors, *bias)[1]
-        grads = iter(vjp(grad_output))
-        every = [next(grads) if there else None for there in of_forward]
-        return tuple(g for g, need in zip(every, needs) if need and g is not None)
-
-    return backward
-
-
-def _fold_images(
-    tensors: list[_Optional],
-    in_dims: tuple[int | None, ...],
-    batch: int,
-    per_image: tuple[int, ...],
-) -> list[_Optional]:
-    """Merge the dimension that vmap added into the batch of images; the others are shared."""
-    folded: list[_Optional] = []
-    for position, (tensor, dim) in enumerate(zip(tensors, in_dims)):
-        if tensor is None or position not in per_image:
-            folded.append(tensor)
-        else:
-            folded.append(fold(tensor, dim, batch))
-    return folded
-
-
-def _select(
-    tensors: list[_Optional], in_dims: tuple[int | None, ...], index: int
-) -> list[_Optional]:
-    return [t if t is None or d is None else t.select(d, index) for t, d in zip(tensors, in_dims)]
+_FUNCTIONS = make_functions(
+    torch.ops.mafnet_ops.modulated_deform_conv2d_forward,
+    torch.ops.mafnet_ops.modulated_deform_conv2d_backward,
+    _definition,
+)
 
 
 class ModulatedDeformConv2d(nn.Module):

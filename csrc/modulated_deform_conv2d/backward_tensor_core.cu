@@ -248,14 +248,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   FixedPoint<float> fixed;
   if constexpr (kFixed) fixed = make_fixed_point<float>(p);
   const bool offset_is_t = p.offset_dtype == p.dtype, mask_is_t = p.mask_dtype == p.dtype;
-  const int64_t planes = int64_t{p.offset_groups} * p.taps();
   const Planes offset = make_planes<T>(p.offset, offset_is_t, n * p.offset_stride[0],
                                        p.offset_stride[1], p.offset_stride[2]);
   const Planes masks =
       make_planes<T>(p.mask, mask_is_t, n * p.mask_stride[0], p.mask_stride[1], p.mask_stride[2]);
   const Planes grad_offset =
-      make_planes<T>(p.grad_offset, offset_is_t, n * 2 * planes * pixels, pixels, 1);
-  const Planes grad_mask = make_planes<T>(p.grad_mask, mask_is_t, n * planes * pixels, pixels, 1);
+      make_planes<T>(p.grad_offset, offset_is_t, n * p.grad_offset_planes() * pixels, pixels, 1);
+  const Planes grad_mask =
+      make_planes<T>(p.grad_mask, mask_is_t, n * p.grad_mask_planes() * pixels, pixels, 1);
 
   int tap_row = 0, tap_column = 0;
   for (int tap = 0; tap < p.taps(); ++tap) {
@@ -377,9 +377,10 @@ bool is_small(const ModulatedDeformConv2dParams& p) {
 bool takes(const ModulatedDeformConv2dParams& p) {
   const bool has_type =
       p.dtype == Dtype::kFloat16 || (p.dtype == Dtype::kBFloat16 && has_bfloat16_tensor_cores());
-  const bool has_channels =
-      p.groups == 1 && p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
-      p.offset_group_channels() % kVectorChannels == 0 && p.out_channels % kVectorChannels == 0;
+  const bool has_channels = !p.raw.used && p.parts == 1 && p.groups == 1 &&
+                            p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
+                            p.offset_group_channels() % kVectorChannels == 0 &&
+                            p.out_channels % kVectorChannels == 0;
   const bool has_layout =
       p.input_stride[1] == 1 && p.grad_output_stride[1] == 1 &&
       p.input_stride[0] % kVectorChannels == 0 && p.grad_output_stride[0] % kVectorChannels == 0 &&

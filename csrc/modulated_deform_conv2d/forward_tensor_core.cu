@@ -29,7 +29,7 @@ constexpr int kStages = 4;  // 16 KiB; the rest of the SM's memory is L1, which 
 constexpr int kAhead = kStages - 2;  // stages under way while one is used and one is being left
 
 // Bounds under which coordinates are exact in float and in split_floor, pixels and element offsets
-// of an image fit into int, and vector * reciprocal finds the offset group.
+// of an image fit into int, and products with reciprocals find the offset group.
 constexpr int64_t kMostPositions = int64_t{1} << 22;
 constexpr int64_t kMostElements = (int64_t{1} << 31) - 1;
 constexpr int kMostChannels = 2048;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A lane's kVectorChannels channels lie in kParts offset groups (or runs of one).
-template <typename T, int kParts>
+template <typename T, int kParts, bool kRaw>
 __global__ void __launch_bounds__(kThreads, 2)
     modulated_deform_conv2d_forward_tensor_core_kernel(const ModulatedDeformConv2dParams p) {
   SHARED(uint4, ring, [kStages][kStageVectors]);
@@ -88,17 +88,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     base_y[q] = static_cast<float>(row * p.stride_h - p.padding_h);
     base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
   }
-  const int64_t offset_image = n * p.offset_stride[0], mask_image = n * p.mask_stride[0];
+  const CoordinateOrigin origin = make_origin(p, n);
 
   const int parts = p.channels / kStepChannels, steps = p.taps() * parts;
   const T* image =
       static_cast<const T*>(p.input) + n * p.input_stride[0] + lane % 4 * kVectorChannels;
   const int row_stride = static_cast<int>(p.input_stride[2]);
   const int column_stride = static_cast<int>(p.input_stride[3]);
-  // Run v of kRun channels lies in offset group v / runs_per_group, by a product and a shift.
+  // Run v of kRun channels lies in offset group v / runs_per_group % offset_groups, by products and
+  // shifts.
   constexpr int kRun = kVectorChannels / kParts, kRunWords = kRun * int{sizeof(T)} / 4;
   const int runs_per_group = p.offset_group_channels() / kRun;
-  const int reciprocal = ((1 << 16) + runs_per_group - 1) / runs_per_group;
+  const int run_reciprocal = ((1 << 16) + runs_per_group - 1) / runs_per_group;
+  const int group_reciprocal = ((1 << 20) + p.offset_groups - 1) / p.offset_groups;
 
   const uint4* packed = static_cast<const uint4*>(p.packed_weight);
   const auto fetch_stage = [&](int step) {
@@ -122,12 +124,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     bool inner = true;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      const int plane = ((run + i) * reciprocal >> 16) * p.taps() + tap;
+      const int part_group = (run + i) * run_reciprocal >> 16;
+      const int offset_group = part_group - (part_group * group_reciprocal >> 20) * p.offset_groups;
+      const int plane = offset_group * p.taps() + tap;
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         position[i][q] =
             make_position(base_y[q] + tap_y, base_x[q] + tap_x,
-                          load_coordinates<T>(p, offset_image, mask_image, pixel[q], plane));
+                          load_coordinates<T, kRaw>(p, origin, pixel[q], offset_group, plane));
         inner = is_inner(p, position[i][q]) && inner;
       }
     }
@@ -240,9 +244,12 @@ int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
   if (status != 0) return status;
   const int64_t blocks =
       p.batch * ceil_div(p.pixels(), kPixels) * ceil_div(p.out_channels, kOutputs);
-  const auto kernel = p.offset_group_channels() % kVectorChannels == 0
-                          ? modulated_deform_conv2d_forward_tensor_core_kernel<T, 1>
-                          : modulated_deform_conv2d_forward_tensor_core_kernel<T, 2>;
+  const bool whole = p.offset_group_channels() % kVectorChannels == 0;
+  const auto kernel = p.raw.used
+                          ? whole ? modulated_deform_conv2d_forward_tensor_core_kernel<T, 1, true>
+                                  : modulated_deform_conv2d_forward_tensor_core_kernel<T, 2, true>
+                      : whole ? modulated_deform_conv2d_forward_tensor_core_kernel<T, 1, false>
+                              : modulated_deform_conv2d_forward_tensor_core_kernel<T, 2, false>;
   return launch(kernel, grid_of(blocks), dim3(kThreads), 0, stream, p);
 }
 

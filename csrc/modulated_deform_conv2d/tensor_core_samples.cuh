@@ -8,34 +8,13 @@
 
 namespace mafnet {
 
-struct Coordinates {
-  float dy, dx, mask;
-};
-
-// offset and mask begin at the image; pixel is in it.
-template <typename T>
-DEVICE Coordinates load_coordinates(const ModulatedDeformConv2dParams& p, int64_t offset_image,
-                                    int64_t mask_image, int pixel, int plane) {
-  const int64_t at = offset_image + 2 * plane * p.offset_stride[1] + pixel * p.offset_stride[2];
-  const bool is_t = p.offset_dtype == p.dtype;
-  Coordinates c;
-  c.dy = load_coordinate<T>(p.offset, is_t, at);
-  c.dx = load_coordinate<T>(p.offset, is_t, at + p.offset_stride[1]);
-  c.mask = 1;
-  if (p.mask != nullptr) {
-    c.mask = load_coordinate<T>(p.mask, p.mask_dtype == p.dtype,
-                                mask_image + plane * p.mask_stride[1] + pixel * p.mask_stride[2]);
-  }
-  return c;
-}
-
 // What a sample is made of before its corners are read.
 struct Position {
   float y, x, part_y, part_x, mask;
   int row, column;
 };
 
-DEVICE Position make_position(float base_y, float base_x, const Coordinates& c) {
+DEVICE Position make_position(float base_y, float base_x, const Coordinates<float>& c) {
   Position s;
   s.y = base_y + c.dy;
   s.x = base_x + c.dx;

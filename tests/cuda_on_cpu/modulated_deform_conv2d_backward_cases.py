@@ -20,9 +20,9 @@ from cuda_on_cpu.modulated_deform_conv2d_tensor_core_cases import NOT_FOR_TENSOR
 from tolerances import assert_same
 from torch import Tensor
 
-# What the tensor cores take. A block of the first kernel has 128 pixels, 8 warps of 16, a step 32 channels of one tap; it
-# keeps up to 64 output channels of grad_output and reads more 64 at a time. 1, 2 or 4 lanes share an offset group, and
-# take one or more vectors of 8 channels of it.
+# What the tensor cores take. A block has 128 pixels, 8 warps of 16, a step 32 channels of one tap; up to 64 output
+# channels of grad_output stay in registers, more are read 64 at a time. 1, 2 or 4 lanes share an offset group, and take
+# one or more vectors of 8 channels of it.
 BACKWARD_CASES = {
     "1 vector per group, 8 outputs, 2 pixels": Case(
         1, 32, 8, (1, 2), (1, 1), padding=(0, 0), offset_groups=4, channels_last=True
@@ -70,11 +70,9 @@ BACKWARD_CASES = {
 }
 
 
-def on_tensor_cores(
-    kernels: Kernels, case: Case, tensors: list[Any], grad_output: Tensor
-) -> bool:
+def on_tensor_cores(kernels: Kernels, case: Case, tensors: list[Any], grad_output: Tensor) -> bool:
     arguments = {**arguments_of(case, tensors), "grad_output": grad_output}
-    return workspace_sizes(kernels, arguments)[2] > 0
+    return workspace_sizes(kernels, arguments)[3] > 0
 
 
 def check_wild_offsets(kernels: Kernels, dtype: torch.dtype, deterministic: bool) -> None:

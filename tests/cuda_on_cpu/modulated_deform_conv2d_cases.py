@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -141,33 +141,38 @@ def arguments_of(case: Case, tensors: list[Any]) -> dict[str, Any]:
 
 
 def packed_weight_bytes(
-    kernels: Kernels, case: Case, tensors: list[Any], output: Tensor | None = None
+    kernels: Kernels,
+    case: Case,
+    tensors: list[Any],
+    output: Tensor | None = None,
+    **options: Any,
 ) -> int:
     """0: not for the tensor cores."""
     if output is None:
         output = poisoned(tensors[0], len(tensors[0]), len(tensors[3]), *tensors[1].shape[2:])
     size = np.zeros(1, np.int64)
-    arguments = arguments_of(case, tensors)
+    arguments = {**arguments_of(case, tensors), **options}
     kernels.run("packed_weight_bytes", **arguments, output=output, sizes=size).raise_if_any()
     return int(size[0])
 
 
 def forward(
-    kernels: Kernels, case: Case, tensors: list[Any], generic: bool = False, **options: Any
+    kernels: Kernels,
+    case: Case,
+    tensors: list[Any],
+    generic: bool = False,
+    order: str = "forward",
+    **options: Any,
 ) -> Tensor:
-    """On the tensor cores where they take it, unless generic."""
+    """On the tensor cores where they take it, unless generic. Options: more arguments of the entries."""
     input, offset, _, weight, bias = tensors
     output = poisoned(input, len(input), len(weight), *offset.shape[2:])
-    arguments = arguments_of(case, tensors)
-    packed = np.full(packed_weight_bytes(kernels, case, tensors, output), 0xFF, np.uint8)
+    arguments = {**arguments_of(case, tensors), **options}
+    size = packed_weight_bytes(kernels, case, tensors, output, **options)
+    packed = np.full(size, 0xFF, np.uint8)
     workspaces: dict[str, Any] = {"packed_weight": packed} if packed.size and not generic else {}
     kernels.run(
-        "forward",
-        **arguments,
-        bias=bias,
-        output=output,
-        **workspaces,
-        **options,
+        "forward", **arguments, bias=bias, output=output, **workspaces, order=order
     ).raise_if_any()
     used = packed.size > 0 and not (packed == 0xFF).all()  # poison where no kernel wrote
     assert used == (packed.size > 0 and not generic and output.numel() > 0)
@@ -196,29 +201,45 @@ def backward(
     present = {name: g for name, g in grads.items() if g is not None and name in wanted}
     targets: dict[str, Any] = {f"grad_{name}": g for name, g in present.items()}
     arguments = {**arguments_of(case, tensors), "grad_output": grad_output}
-    sizes = workspace_sizes(kernels, arguments)
-    workspaces: dict[str, Any] = {}
-    if deterministic and "input" in present:
-        workspaces["fixed_sums"] = np.zeros(sizes[1] * input.numel(), np.int64)
-        workspaces["exponents"] = np.zeros(3, np.int32)
-    if "weight" in present:
-        workspaces["weight_partials"] = torch.full((sizes[0],), math.nan, dtype=accumulator)
-    packed = np.full(sizes[2], 0xFF, np.uint8)
-    on_tensor_cores = packed.size > 0 and bool({"input", "offset", "mask"} & present.keys())
-    if on_tensor_cores:
-        workspaces["packed_weight"] = packed
+    workspaces = backward_workspaces(kernels, arguments, present.keys(), deterministic)
     report = kernels.run("backward", **arguments, **targets, **workspaces, **options)
     report.raise_if_any()
-    assert not on_tensor_cores or not (packed == 0xFF).all()  # poison where no kernel wrote
+    hold_packed_weight(workspaces)
     return {n: g.to(input.dtype) if n == "input" else g for n, g in present.items()}
 
 
-def workspace_sizes(kernels: Kernels, arguments: dict[str, Any]) -> list[int]:
-    """Of a backward: elements of weight_partials, limbs of fixed_sums, bytes of packed_weight.
+def backward_workspaces(
+    kernels: Kernels, arguments: dict[str, Any], wanted: Collection[str], deterministic: bool
+) -> dict[str, Any]:
+    """As the binding allocates them. Those of sums are zero, the others poison."""
+    partials, limbs, flow_partials, packed_bytes = workspace_sizes(kernels, arguments)
+    input = arguments["input"]
+    accumulator = torch.promote_types(input.dtype, torch.float32)
+    workspaces: dict[str, Any] = {}
+    if deterministic and "input" in wanted:
+        workspaces["fixed_sums"] = np.zeros(limbs * input.numel(), np.int64)
+        workspaces["exponents"] = np.zeros(3, np.int32)
+    if "weight" in wanted:
+        workspaces["weight_partials"] = torch.full((partials,), math.nan, dtype=accumulator)
+    if {"flow_1", "flow_2"} & set(wanted):
+        workspaces["flow_partials"] = torch.full((flow_partials,), math.nan, dtype=accumulator)
+    if packed_bytes and set(wanted) - {"weight", "bias"}:
+        workspaces["packed_weight"] = np.full(packed_bytes, 0xFF, np.uint8)
+    return workspaces
 
-    The last is 0 where the tensor cores do not take it.
+
+def hold_packed_weight(workspaces: dict[str, Any]) -> None:
+    """Where there is one, the tensor cores were used."""
+    packed = workspaces.get("packed_weight")
+    assert packed is None or not (packed == 0xFF).all()
+
+
+def workspace_sizes(kernels: Kernels, arguments: dict[str, Any]) -> list[int]:
+    """Elements of weight_partials, limbs of fixed_sums, elements of flow_partials, bytes of packed_weight.
+
+    The last is 0 where the tensor cores do not take the backward.
     """
-    sizes = np.zeros(3, np.int64)
+    sizes = np.zeros(4, np.int64)
     kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
     return [int(size) for size in sizes]
 

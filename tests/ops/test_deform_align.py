@@ -339,12 +339,28 @@ ERRORS = [
     (
         dict(raw=_RAW[:, :26]),
         ValueError,
-        "raw: expected a positive multiple of 3 * 9 channels, got 26 channels",
+        "raw: expected 3 * G * 9 channels with G dividing the 8 input channels, got 26 channels",
     ),
     (
         dict(raw=_RAW[:, :0]),
         ValueError,
-        "raw: expected a positive multiple of 3 * 9 channels, got 0 channels",
+        "raw: expected 3 * G * 9 channels with G dividing the 8 input channels, got 0 channels",
+    ),
+    (
+        dict(raw=_RAW[..., :5]),
+        ValueError,
+        "raw: expected (N, 3 * G * K, H_out, W_out) = (2, 27, 5, 6), got (2, 27, 5, 5)",
+    ),
+    (
+        dict(raw=_RAW.double()),
+        TypeError,
+        "raw: expected dtype torch.float32 or float32, got torch.float64",
+    ),
+    (dict(parts=0), ValueError, "parts: expected an int >= 1, got 0"),
+    (
+        dict(raw=_RAW.repeat(1, 4, 1, 1), parts=4),
+        ValueError,
+        "raw: expected 3 * G * 9 channels with G dividing the 2 channels of a part, got 108 channels",
     ),
     (dict(flow_2=_FLOW), ValueError, "flow_1: expected a tensor where flow_2 is given, got None"),
     (
@@ -374,11 +390,6 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
     given = {"input": torch.zeros(2, 8, 5, 6), "raw": _RAW, "weight": torch.zeros(4, 8, 3, 3)}
     with pytest.raises(error, match=f"^deform_align: {re.escape(message)}$"):
         align(**{**given, **changed})
-
-
-def test_a_raw_of_another_size_is_an_error_of_the_offset() -> None:
-    with pytest.raises(ValueError, match=r"offset: expected \(N, 2 \* G \* K, H_out, W_out\)"):
-        align(torch.zeros(2, 8, 5, 5), _RAW, torch.zeros(4, 8, 3, 3))
 
 
 # -------------------------------------------------------------------------------------------- module
