@@ -13,9 +13,11 @@
 // they are integers, whose sum has none (see fixed_point.cuh).
 //
 // Of raw offsets a block walks all taps of its offset group, so that it alone knows what they send
-// to the flow; backward_flow.cu adds the groups. grad_weight and grad_bias are in
+// to the flow; backward_flow.cu adds the groups. Where there is a packed_weight,
+// backward_tensor_core.cu does all that. grad_weight and grad_bias are in
 // backward_weight.cu.
 #include "modulated_deform_conv2d/backward.cuh"
+#include "modulated_deform_conv2d/backward_tensor_core.cuh"
 #include "modulated_deform_conv2d/fixed_point.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
 
@@ -200,7 +202,8 @@ int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& p
   int status = 0;
   if (p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr ||
       p.flow_partials != nullptr) {
-    status = launch_samples(p, stream);
+    status = p.packed_weight != nullptr ? launch_backward_samples_tensor_core(p, stream)
+                                        : launch_samples(p, stream);
   }
   if (status != 0) return status;
   if (p.grad_weight != nullptr) status = launch_backward_weight(p, stream);

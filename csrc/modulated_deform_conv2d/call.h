@@ -19,7 +19,7 @@ struct Call {
   const char* op = nullptr;
   ModulatedDeformConv2dParams params{};
   Tensor input, offset, mask, weight, bias, grad_output, flow[2];
-  Tensor weight_partials, flow_partials, fixed_sums, exponents;  // on CUDA
+  Tensor packed_weight, weight_partials, flow_partials, fixed_sums, exponents;  // on CUDA
 };
 
 inline void check_dtype(const Call& call, const char* argument, const Tensor& tensor) {
@@ -185,6 +185,14 @@ inline void make_workspaces(bool deterministic, Tensor& grad_input, Call& call) 
   if (p.raw.grad_flow[0] != nullptr || p.raw.grad_flow[1] != nullptr) {
     call.flow_partials = workspace_on(call.input, modulated_deform_conv2d_flow_partials(p), sums);
     p.flow_partials = call.flow_partials.mutable_data_ptr();
+  }
+  if (p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr ||
+      p.flow_partials != nullptr) {
+    const int64_t bytes = modulated_deform_conv2d_backward_packed_weight_bytes(p);
+    if (bytes > 0) {
+      call.packed_weight = workspace_on(call.input, bytes, ScalarType::Byte);
+      p.packed_weight = call.packed_weight.mutable_data_ptr();
+    }
   }
   if (p.grad_weight != nullptr) {
     call.weight_partials =

@@ -73,7 +73,7 @@ struct ModulatedDeformConv2dParams {
 
   // CUDA only. grad_input holds accumulators (float; double for double), comes zeroed and is added
   // to. The workspaces are allocated by the caller, in the sizes that the functions below return.
-  void* packed_weight;    // forward; null where its size is 0
+  void* packed_weight;    // null where its size, of the forward or backward, is 0
   void* weight_partials;  // backward; null without grad_weight
   void* flow_partials;    // backward; null without raw.grad_flow
   // Deterministic grad_input; null: atomic sums of floating-point numbers in no fixed order.
@@ -103,6 +103,8 @@ struct ModulatedDeformConv2dParams {
 // Sizes of the workspaces on CUDA. packed_weight, in bytes, is 16-byte aligned; weight_partials and
 // flow_partials are in accumulators; fixed_sums in integers per element of grad_input.
 int64_t modulated_deform_conv2d_packed_weight_bytes(const ModulatedDeformConv2dParams& params);
+int64_t modulated_deform_conv2d_backward_packed_weight_bytes(
+    const ModulatedDeformConv2dParams& params);
 int64_t modulated_deform_conv2d_weight_partials(const ModulatedDeformConv2dParams& params);
 int64_t modulated_deform_conv2d_flow_partials(const ModulatedDeformConv2dParams& params);
 int modulated_deform_conv2d_fixed_limbs(Dtype dtype);

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from cuda_on_cpu.emulator import ORDERS, Kernels
 from cuda_on_cpu.modulated_deform_conv2d_cases import (
     DOUBLE,
     Case,
+    backward_workspaces,
     double,
     forward,
+    hold_packed_weight,
     packed_weight_bytes,
     poisoned,
     random_grad,
@@ -164,8 +165,7 @@ def align_backward(
     input, offset, mask, weight, _ = split(tensors)
     arguments = {"input": input, "offset": offset, "mask": mask, "weight": weight}
     arguments |= {**case.convolution.numbers, **options_of(case, tensors)}
-    sizes = np.zeros(3, np.int64)
-    kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
+    arguments["grad_output"] = grad_output
     accumulator = torch.promote_types(input.dtype, torch.float32)
     present: dict[str, Tensor] = {}
     for name in wanted:
@@ -174,18 +174,10 @@ def align_backward(
             present[name] = poisoned(input, *input.shape, dtype=accumulator).zero_()
         elif value is not None:
             present[name] = torch.full(value.shape, math.nan, dtype=value.dtype)
-    workspaces: dict[str, Any] = {}
-    if deterministic and "input" in present:
-        workspaces["fixed_sums"] = np.zeros(int(sizes[1]) * input.numel(), np.int64)
-        workspaces["exponents"] = np.zeros(3, np.int32)
-    if "weight" in present:
-        workspaces["weight_partials"] = torch.full((int(sizes[0]),), math.nan, dtype=accumulator)
-    if "flow_1" in present or "flow_2" in present:
-        workspaces["flow_partials"] = torch.full((int(sizes[2]),), math.nan, dtype=accumulator)
+    workspaces = backward_workspaces(kernels, arguments, present.keys(), deterministic)
     targets: dict[str, Any] = {f"grad_{name}": grad for name, grad in present.items()}
-    kernels.run(
-        "backward", **arguments, grad_output=grad_output, **targets, **workspaces, **options
-    ).raise_if_any()
+    kernels.run("backward", **arguments, **targets, **workspaces, **options).raise_if_any()
+    hold_packed_weight(workspaces)
     return {n: g.to(input.dtype) if n == "input" else g for n, g in present.items()}
 
 

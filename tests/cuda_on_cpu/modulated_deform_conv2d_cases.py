@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -190,9 +190,6 @@ def backward(
 ) -> dict[str, Tensor]:
     """The wanted gradients that there are, by argument name, as the binding makes them."""
     input, offset, mask, weight, bias = tensors
-    arguments = arguments_of(case, tensors)
-    sizes = np.zeros(3, np.int64)
-    kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
     accumulator = torch.promote_types(input.dtype, torch.float32)
     grads = {
         "input": poisoned(input, *input.shape, dtype=accumulator).zero_(),
@@ -202,23 +199,49 @@ def backward(
         "bias": None if bias is None else torch.full(bias.shape, math.nan, dtype=bias.dtype),
     }
     present = {name: g for name, g in grads.items() if g is not None and name in wanted}
-    workspaces: dict[str, Any] = {}
-    if deterministic and "input" in present:
-        workspaces["fixed_sums"] = np.zeros(int(sizes[1]) * input.numel(), np.int64)
-        workspaces["exponents"] = np.zeros(3, np.int32)
-    if "weight" in present:
-        workspaces["weight_partials"] = torch.full((int(sizes[0]),), math.nan, dtype=accumulator)
     targets: dict[str, Any] = {f"grad_{name}": g for name, g in present.items()}
-    report = kernels.run(
-        "backward",
-        **arguments,
-        grad_output=grad_output,
-        **targets,
-        **workspaces,
-        **options,
-    )
+    arguments = {**arguments_of(case, tensors), "grad_output": grad_output}
+    workspaces = backward_workspaces(kernels, arguments, present.keys(), deterministic)
+    report = kernels.run("backward", **arguments, **targets, **workspaces, **options)
     report.raise_if_any()
+    hold_packed_weight(workspaces)
     return {n: g.to(input.dtype) if n == "input" else g for n, g in present.items()}
+
+
+def backward_workspaces(
+    kernels: Kernels, arguments: dict[str, Any], wanted: Collection[str], deterministic: bool
+) -> dict[str, Any]:
+    """As the binding allocates them. Those of sums are zero, the others poison."""
+    partials, limbs, flow_partials, packed_bytes = workspace_sizes(kernels, arguments)
+    input = arguments["input"]
+    accumulator = torch.promote_types(input.dtype, torch.float32)
+    workspaces: dict[str, Any] = {}
+    if deterministic and "input" in wanted:
+        workspaces["fixed_sums"] = np.zeros(limbs * input.numel(), np.int64)
+        workspaces["exponents"] = np.zeros(3, np.int32)
+    if "weight" in wanted:
+        workspaces["weight_partials"] = torch.full((partials,), math.nan, dtype=accumulator)
+    if {"flow_1", "flow_2"} & set(wanted):
+        workspaces["flow_partials"] = torch.full((flow_partials,), math.nan, dtype=accumulator)
+    if packed_bytes and set(wanted) - {"weight", "bias"}:
+        workspaces["packed_weight"] = np.full(packed_bytes, 0xFF, np.uint8)
+    return workspaces
+
+
+def hold_packed_weight(workspaces: dict[str, Any]) -> None:
+    """Where there is one, the tensor cores were used."""
+    packed = workspaces.get("packed_weight")
+    assert packed is None or not (packed == 0xFF).all()
+
+
+def workspace_sizes(kernels: Kernels, arguments: dict[str, Any]) -> list[int]:
+    """Elements of weight_partials, limbs of fixed_sums, elements of flow_partials, bytes of packed_weight.
+
+    The last is 0 where the tensor cores do not take the backward.
+    """
+    sizes = np.zeros(4, np.int64)
+    kernels.run("workspace", **arguments, sizes=sizes).raise_if_any()
+    return [int(size) for size in sizes]
 
 
 def oracle(case: Case, tensors: list[Any], grad_output: Tensor) -> dict[str, Tensor]:

@@ -72,6 +72,14 @@ mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
   return p;
 }
 
+mafnet::ModulatedDeformConv2dParams make_backward_params(cuemu::Arguments& arguments) {
+  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  const Array grad_output = arguments.in("grad_output");
+  p.grad_output = grad_output.data;
+  copy_pixel_strides(grad_output, p.grad_output_stride);
+  return p;
+}
+
 }  // namespace
 
 // mask and bias are optional; packed_weight, of as many bytes as packed_weight_bytes says, sends it
@@ -98,12 +106,10 @@ CUEMU_ENTRY(packed_weight_bytes) {
 }
 
 // Every gradient is optional; that of raw offsets and masks is one. grad_input are accumulators,
-// zeroed; fixed_sums and exponents, zeroed, make it deterministic.
+// zeroed; fixed_sums and exponents, zeroed, make it deterministic; packed_weight, of as many bytes
+// as workspace says, sends it to the tensor cores.
 CUEMU_ENTRY(backward) {
-  mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
-  const Array grad_output = arguments.in("grad_output");
-  p.grad_output = grad_output.data;
-  copy_pixel_strides(grad_output, p.grad_output_stride);
+  mafnet::ModulatedDeformConv2dParams p = make_backward_params(arguments);
   if (arguments.has("grad_input")) {
     const Array grad_input = arguments.in_out("grad_input");
     p.grad_input = grad_input.data;
@@ -113,6 +119,7 @@ CUEMU_ENTRY(backward) {
     p.fixed_sums = static_cast<int64_t*>(arguments.in_out("fixed_sums").data);
     p.exponents = static_cast<int*>(arguments.in_out("exponents").data);
   }
+  if (arguments.has("packed_weight")) p.packed_weight = arguments.out("packed_weight").data;
   if (arguments.has("grad_offset")) p.grad_offset = arguments.out("grad_offset").data;
   if (arguments.has("grad_mask")) p.grad_mask = arguments.out("grad_mask").data;
   if (arguments.has("grad_raw")) {
@@ -133,12 +140,14 @@ CUEMU_ENTRY(backward) {
   return mafnet::launch_modulated_deform_conv2d_backward(p, nullptr);
 }
 
-// sizes: elements of weight_partials, limbs of fixed_sums, elements of flow_partials.
+// sizes: elements of weight_partials, limbs of fixed_sums, elements of flow_partials, bytes of
+// packed_weight.
 CUEMU_ENTRY(workspace) {
-  const mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
+  const mafnet::ModulatedDeformConv2dParams p = make_backward_params(arguments);
   auto* sizes = static_cast<int64_t*>(arguments.in_out("sizes").data);
   sizes[0] = mafnet::modulated_deform_conv2d_weight_partials(p);
   sizes[1] = mafnet::modulated_deform_conv2d_fixed_limbs(p.dtype);
   sizes[2] = mafnet::modulated_deform_conv2d_flow_partials(p);
+  sizes[3] = mafnet::modulated_deform_conv2d_backward_packed_weight_bytes(p);
   return 0;
 }

@@ -1,0 +1,430 @@
+// modulated_deform_conv2d backward on tensor cores: grad_input, grad_offset and grad_mask of fp16
+// and bf16 in channels last, 32 channels at a time, offset groups of whole 8 channels, one group of
+// the convolution (backward.cu has the formulas).
+//
+// grad_column is a matrix product, pixels x output channels times output channels x (tap, channel),
+// whose result exists in registers alone. A warp owns 16 pixels. Columns of mma.m16n8k16 are
+// numbered so that lane 4 r + t gets 8 neighbouring channels of pixels r and r + 8: what a 16-byte
+// load brings of each corner. Their products are the lane's alone, nothing is exchanged but the
+// sums of lanes that share an offset group, once per group. Rows of B are numbered so that a
+// fragment of A is what two 16-byte loads of grad_output bring, up to 64 output channels of which
+// stay in registers. B is packed in that order by a kernel of its own and streams through a ring in
+// shared memory.
+//
+// A step is one tap of 32 channels. Coordinates, weights and sums are float. Read per (pixel, tap,
+// offset group): offsets and mask once (by each lane that shares the group), per vector of 8
+// channels its four corners; per corner and channel one atomic add, four to an instruction from
+// sm_90 on.
+#include <algorithm>
+
+#include "modulated_deform_conv2d/backward.cuh"
+#include "modulated_deform_conv2d/backward_tensor_core.cuh"
+#include "modulated_deform_conv2d/fixed_point.cuh"
+#include "modulated_deform_conv2d/tensor_core.cuh"
+#include "modulated_deform_conv2d/tensor_core_samples.cuh"
+
+namespace mafnet {
+namespace {
+
+constexpr int kWarpPixels = 16, kPixels = kThreads / 32 * kWarpPixels;
+constexpr int kColumnTiles = kStepChannels / 8;
+constexpr int kChunkOutputs = 32, kChunks = kOutputs / kChunkOutputs;  // two k-steps of an mma
+constexpr int kStageVectors = kChunks * kColumnTiles * 32;  // of 16 bytes: one for every thread
+static_assert(kStageVectors == kThreads);
+constexpr int kStages = 4;  // 16 KiB; the rest of the SM's memory is L1, which the corners need
+constexpr int kAhead = kStages - 2;  // stages under way while one is used and one is being left
+
+// How the vectors of a tap are dealt to the four lanes of a pixel. A round takes 4 / sharing offset
+// groups, each to as many lanes as divide its vectors evenly; in its steps a lane takes `run`
+// vectors of one group.
+struct Deal {
+  int vectors;        // of an offset group
+  int sharing, bits;  // lanes that share one: 1, 2 or 4, and the logarithm
+  int run, rounds;
+
+  DEVICE int group_of(int round, int t) const { return (round << (2 - bits)) + (t >> bits); }
+  DEVICE int channel_of(int group, int step, int t) const {
+    return (group * vectors + (step << bits) + (t & (sharing - 1))) * kVectorChannels;
+  }
+};
+
+DEVICE Deal make_deal(const ModulatedDeformConv2dParams& p) {
+  Deal deal;
+  deal.vectors = p.offset_group_channels() / kVectorChannels;
+  deal.bits = (deal.vectors % 2 == 0) + (deal.vectors % 4 == 0);
+  deal.sharing = 1 << deal.bits;
+  deal.run = deal.vectors >> deal.bits;
+  deal.rounds = p.offset_groups * deal.sharing / 4;
+  return deal;
+}
+
+// Vector i of a stage: of a chunk of output channels, a column tile and a lane, as the kernel below
+// reads them. Stages are those of a step, steps those of a tap.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    modulated_deform_conv2d_backward_pack_weight_kernel(const ModulatedDeformConv2dParams p) {
+  const Deal deal = make_deal(p);
+  const int passes = static_cast<int>(ceil_div(p.out_channels, kOutputs));
+  const int pass = static_cast<int>(blockIdx.x) % passes;
+  const int step = static_cast<int>(blockIdx.x) / passes;
+  const int parts = p.channels / kStepChannels, tap = step / parts, part = step % parts;
+  const int chunk = threadIdx.x / (kColumnTiles * 32), tile = threadIdx.x / 32 % kColumnTiles;
+  const int lane = threadIdx.x % 32, column = lane / 4;
+  const int output = pass * kOutputs + chunk * kChunkOutputs + lane % 4 * kVectorChannels;
+  const int group = deal.group_of(part / deal.run, column / 2);
+  const int channel = deal.channel_of(group, part % deal.run, column / 2) + 2 * tile + column % 2;
+  const bool known = output < p.out_channels;
+  const int64_t output_stride = int64_t{p.channels} * p.taps();
+  const T* weight =
+      static_cast<const T*>(p.weight) + output * output_stride + int64_t{channel} * p.taps() + tap;
+  T* packed = static_cast<T*>(p.packed_weight) +
+              (int64_t{blockIdx.x} * kStageVectors + threadIdx.x) * kVectorChannels;
+#pragma unroll
+  for (int i = 0; i < kVectorChannels; ++i) {
+    packed[i] = known ? weight[i * output_stride] : from_accumulator<T>(0.0f);
+  }
+}
+
+// A sample: between pixels (row, column) and (row + 1, column + 1), the corners.
+struct Cell {
+  int row, column;
+  float part_y, part_x, mask;
+  int inside;  // bit k: corner (row + k / 2, column + k % 2) is in the image
+};
+
+// The first pixel of the cell of v on an axis, and v's place in it. From two beside the image on it
+// does not matter where: infinity becomes a number, NaN stays one in part.
+DEVICE int find_cell(float v, int size, float& part) {
+  const int first = split_floor(fminf(fmaxf(v, -2.0f), static_cast<float>(size)), part);
+  part = v == v ? part : v;
+  return first;
+}
+
+DEVICE bool is_inside(int index, int size) {
+  return static_cast<unsigned>(index) < static_cast<unsigned>(size);
+}
+
+DEVICE Cell make_cell(const ModulatedDeformConv2dParams& p, float y, float x, float mask) {
+  Cell cell;
+  cell.row = find_cell(y, p.height, cell.part_y);
+  cell.column = find_cell(x, p.width, cell.part_x);
+  cell.mask = mask;
+  const int rows =
+      (is_inside(cell.row, p.height) ? 3 : 0) | (is_inside(cell.row + 1, p.height) ? 12 : 0);
+  const int columns =
+      (is_inside(cell.column, p.width) ? 5 : 0) | (is_inside(cell.column + 1, p.width) ? 10 : 0);
+  cell.inside = rows & columns;
+  return cell;
+}
+
+// Offset or mask of an image, or their gradient, of T or float: the bytes from one plane and from
+// one pixel to the next, so that both types share their addresses.
+struct Planes {
+  const char* image;
+  bool is_feature_type;
+  int plane_stride;
+  unsigned pixel_stride;
+};
+
+template <typename T>
+DEVICE Planes make_planes(const void* data, bool is_feature_type, int64_t image,
+                          int64_t plane_stride, int64_t pixel_stride) {
+  const int64_t size = is_feature_type ? sizeof(T) : sizeof(float);
+  return {static_cast<const char*>(data) + image * size, is_feature_type,
+          static_cast<int>(plane_stride * size), static_cast<unsigned>(pixel_stride * size)};
+}
+
+DEVICE const char* address_of(const Planes& planes, int plane, int pixel) {
+  return planes.image + int64_t{plane} * planes.plane_stride +
+         static_cast<unsigned>(pixel) * planes.pixel_stride;
+}
+
+template <typename T>
+DEVICE float load_from(const Planes& planes, int plane, int pixel) {
+  const char* at = address_of(planes, plane, pixel);
+  return load_coordinate<T>(at, planes.is_feature_type, 0);
+}
+
+template <typename T>
+DEVICE void store_to(const Planes& planes, int plane, int pixel, float value) {
+  char* at = const_cast<char*>(address_of(planes, plane, pixel));
+  store_coordinate<T>(at, planes.is_feature_type, 0, value);
+}
+
+template <typename T>
+DEVICE float dot(const float (&a)[kVectorChannels], const Vector<uint32_t, 4>& b) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 v = unpack(b.at[i], T());
+    sum += a[2 * i] * v.x;
+    sum += a[2 * i + 1] * v.y;
+  }
+  return sum;
+}
+
+// Adds grad_column to the corners in grad_input; first is the element of the channel in the first
+// pixel of the image.
+template <bool kFixed>
+DEVICE void scatter(const ModulatedDeformConv2dParams& p, const Cell& cell,
+                    const float (&grad_column)[kVectorChannels], int64_t first,
+                    const FixedPoint<float>& fixed) {
+  const float low = (1 - cell.part_y) * cell.mask, high = cell.part_y * cell.mask;
+  const int pixel = cell.row * p.width + cell.column;
+#pragma unroll kFixed ? 1 : 4  // the integers' code is long
+  for (int k = 0; k < 4; ++k) {
+    const float weight = (k / 2 == 0 ? low : high) * (k % 2 == 0 ? 1 - cell.part_x : cell.part_x);
+    float parts[kVectorChannels];
+#pragma unroll
+    for (int i = 0; i < kVectorChannels; ++i) parts[i] = grad_column[i] * weight;
+    const int to = (pixel + k / 2 * p.width + k % 2) * p.channels;
+    if ((cell.inside >> k & 1) == 0) continue;
+    if constexpr (kFixed) {
+#pragma unroll
+      for (int i = 0; i < kVectorChannels; ++i) add_fixed(p, fixed, first + to + i, parts[i]);
+    } else {
+      float* target = static_cast<float*>(p.grad_input) + first + to;
+      atomic_add4(target, parts[0], parts[1], parts[2], parts[3]);
+      atomic_add4(target + 4, parts[4], parts[5], parts[6], parts[7]);
+    }
+  }
+}
+
+template <typename T, bool kHeld, bool kFixed>
+__global__ void __launch_bounds__(kThreads, 2)
+    modulated_deform_conv2d_backward_tensor_core_kernel(const ModulatedDeformConv2dParams p) {
+  SHARED(uint4, ring, [kStages][kStageVectors]);
+  const int thread = threadIdx.x, lane = thread % 32, t = lane % 4;
+  const int64_t tiles = ceil_div(p.pixels(), kPixels), n = blockIdx.x / tiles;
+  const int pixels = static_cast<int>(p.pixels());
+  const int first =
+      static_cast<int>(blockIdx.x % tiles) * kPixels + thread / 32 * kWarpPixels + lane / 4;
+  // This lane's two pixels; those past the end repeat the last one, with no corner inside.
+  const int pixel[2] = {min(first, pixels - 1), min(first + 8, pixels - 1)};
+  const bool active[2] = {first < pixels, first + 8 < pixels};
+  float base_y[2], base_x[2];
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const int row = pixel[q] / p.out_width;
+    base_y[q] = static_cast<float>(row * p.stride_h - p.padding_h);
+    base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
+  }
+
+  const Deal deal = make_deal(p);
+  const int passes = kHeld ? 1 : static_cast<int>(ceil_div(p.out_channels, kOutputs));
+  const int stages = p.taps() * (p.channels / kStepChannels) * passes;
+  const uint4* packed = static_cast<const uint4*>(p.packed_weight) + thread;
+  int fetched = 0, used = 0;
+  const auto fetch_stage = [&] {
+    if (fetched < stages) cp_async16(&ring[fetched % kStages][thread], packed);
+    packed += kStageVectors;
+    ++fetched;
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) fetch_stage();
+
+  const T* grad_output =
+      static_cast<const T*>(p.grad_output) + n * p.grad_output_stride[0] + t * kVectorChannels;
+  Vector<uint32_t, 4> grads[kChunks][2];
+  const auto load_grads = [&](int pass) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int output = pass * kOutputs + chunk * kChunkOutputs;
+      const bool known = output + t * kVectorChannels < p.out_channels;
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const T* source = grad_output + pixel[q] * p.grad_output_stride[2] + output;
+        grads[chunk][q] = known ? load_words<4>(source) : Vector<uint32_t, 4>{};
+      }
+    }
+  };
+  if constexpr (kHeld) load_grads(0);
+
+  const T* image = static_cast<const T*>(p.input) + n * p.input_stride[0];
+  const int row_stride = static_cast<int>(p.input_stride[2]);
+  const int column_stride = static_cast<int>(p.input_stride[3]);
+  const int64_t grad_image = n * p.height * p.width * p.channels;
+  FixedPoint<float> fixed;
+  if constexpr (kFixed) fixed = make_fixed_point<float>(p);
+  const bool offset_is_t = p.offset_dtype == p.dtype, mask_is_t = p.mask_dtype == p.dtype;
+  const Planes offset = make_planes<T>(p.offset, offset_is_t, n * p.offset_stride[0],
+                                       p.offset_stride[1], p.offset_stride[2]);
+  const Planes masks =
+      make_planes<T>(p.mask, mask_is_t, n * p.mask_stride[0], p.mask_stride[1], p.mask_stride[2]);
+  const Planes grad_offset =
+      make_planes<T>(p.grad_offset, offset_is_t, n * p.grad_offset_planes() * pixels, pixels, 1);
+  const Planes grad_mask =
+      make_planes<T>(p.grad_mask, mask_is_t, n * p.grad_mask_planes() * pixels, pixels, 1);
+
+  int tap_row = 0, tap_column = 0;
+  for (int tap = 0; tap < p.taps(); ++tap) {
+    const float tap_y = static_cast<float>(tap_row * p.dilation_h);
+    const float tap_x = static_cast<float>(tap_column * p.dilation_w);
+    if (++tap_column == p.kernel_w) {
+      tap_column = 0;
+      ++tap_row;
+    }
+    for (int round = 0; round < deal.rounds; ++round) {
+      const int group = deal.group_of(round, t), plane = group * p.taps() + tap;
+      Cell cell[2];
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const float dy = load_from<T>(offset, 2 * plane, pixel[q]);
+        const float dx = load_from<T>(offset, 2 * plane + 1, pixel[q]);
+        const float mask = p.mask != nullptr ? load_from<T>(masks, plane, pixel[q]) : 1.0f;
+        cell[q] = make_cell(p, base_y[q] + tap_y + dy, base_x[q] + tap_x + dx, mask);
+        if (!active[q]) cell[q].inside = 0;
+      }
+
+      float dots[2][4] = {};  // of grad_column and the corners
+      for (int step = 0; step < deal.run; ++step) {
+        const int channel = deal.channel_of(group, step, t);
+        Vector<uint32_t, 4> corners[2][4];
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          const unsigned source = cell[q].row * row_stride + cell[q].column * column_stride;
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            // Outside, the first pixel is read in place and its products are dropped below.
+            const unsigned corner = source + k / 2 * row_stride + k % 2 * column_stride;
+            const bool inside = cell[q].inside >> k & 1;
+            corners[q][k] = load_words<4>(image + ((inside ? corner : 0) + channel));
+          }
+        }
+
+        float sums[kColumnTiles][4] = {};
+        for (int pass = 0; pass < passes; ++pass) {
+          if constexpr (!kHeld) load_grads(pass);
+          cp_async_wait<kAhead>();
+          __syncthreads();  // the stage is there for all, and all have left the one before it
+          fetch_stage();
+#pragma unroll
+          for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const uint32_t (&g)[4] = grads[chunk][0].at, (&h)[4] = grads[chunk][1].at;
+#pragma unroll
+            for (int tile = 0; tile < kColumnTiles; ++tile) {
+              const uint4 b = ring[used % kStages][(chunk * kColumnTiles + tile) * 32 + lane];
+              mma_m16n8k16(sums[tile], {g[0], h[0], g[1], h[1]}, {b.x, b.y}, T());
+              mma_m16n8k16(sums[tile], {g[2], h[2], g[3], h[3]}, {b.z, b.w}, T());
+            }
+          }
+          ++used;
+        }
+
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          float grad_column[kVectorChannels];
+#pragma unroll
+          for (int i = 0; i < kVectorChannels; ++i) grad_column[i] = sums[i / 2][2 * q + i % 2];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) dots[q][k] += dot<T>(grad_column, corners[q][k]);
+          if (p.grad_input != nullptr) {
+            scatter<kFixed>(p, cell[q], grad_column, grad_image + channel, fixed);
+          }
+        }
+      }
+
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if ((cell[i / 4].inside >> i % 4 & 1) == 0) dots[i / 4][i % 4] = 0;
+      }
+      for (int other = 1; other < deal.sharing; other *= 2) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          dots[i / 4][i % 4] += __shfl_xor_sync(0xffffffffu, dots[i / 4][i % 4], other);
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        if (!active[q] || (t & (deal.sharing - 1)) != 0) continue;
+        // Corners outside have dot 0, so that the slopes of all cells are alike; at an integer that
+        // is the slope of the cell [n, n + 1).
+        const float (&d)[4] = dots[q];
+        const float y = cell[q].part_y, x = cell[q].part_x, mask = cell[q].mask;
+        if (p.grad_offset != nullptr) {
+          store_to<T>(grad_offset, 2 * plane, pixel[q],
+                      mask * ((1 - x) * (d[2] - d[0]) + x * (d[3] - d[1])));
+          store_to<T>(grad_offset, 2 * plane + 1, pixel[q],
+                      mask * ((1 - y) * (d[1] - d[0]) + y * (d[3] - d[2])));
+        }
+        if (p.grad_mask != nullptr) {
+          store_to<T>(grad_mask, plane, pixel[q],
+                      (1 - y) * ((1 - x) * d[0] + x * d[1]) + y * ((1 - x) * d[2] + x * d[3]));
+        }
+      }
+    }
+  }
+}
+
+bool is_small(const ModulatedDeformConv2dParams& p) {
+  const auto reach = [](int64_t out, int64_t stride, int64_t padding, int64_t kernel,
+                        int64_t dilation) { return out * stride + padding + kernel * dilation; };
+  // Up to two rows and columns beside the image.
+  const int64_t elements =
+      (p.height + 2) * p.input_stride[2] + (p.width + 2) * p.input_stride[3] + p.channels;
+  const int64_t grad_elements = (int64_t{p.height} + 2) * (p.width + 2) * p.channels;
+  // The offset of a pixel in a plane, in bytes.
+  const int64_t pixel_bytes = p.pixels() * std::max(p.offset_stride[2], p.mask_stride[2]) * 4;
+  const int64_t plane_bytes = std::max(p.offset_stride[1], p.mask_stride[1]) * 4;
+  return p.pixels() <= kMostElements - kPixels && p.height <= kMostPositions &&
+         p.width <= kMostPositions && elements <= kMostElements && grad_elements <= kMostElements &&
+         pixel_bytes <= kMostElements && plane_bytes <= kMostElements &&
+         reach(p.out_height, p.stride_h, p.padding_h, p.kernel_h, p.dilation_h) <= kMostPositions &&
+         reach(p.out_width, p.stride_w, p.padding_w, p.kernel_w, p.dilation_w) <= kMostPositions;
+}
+
+bool takes(const ModulatedDeformConv2dParams& p) {
+  const bool has_type =
+      p.dtype == Dtype::kFloat16 || (p.dtype == Dtype::kBFloat16 && has_bfloat16_tensor_cores());
+  const bool has_channels = !p.raw.used && p.parts == 1 && p.groups == 1 &&
+                            p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
+                            p.offset_group_channels() % kVectorChannels == 0 &&
+                            p.out_channels % kVectorChannels == 0;
+  const bool has_layout =
+      p.input_stride[1] == 1 && p.grad_output_stride[1] == 1 &&
+      p.input_stride[0] % kVectorChannels == 0 && p.grad_output_stride[0] % kVectorChannels == 0 &&
+      is_aligned(p.input, p.input_stride[2], p.input_stride[3]) &&
+      is_aligned(p.grad_output, p.grad_output_stride[2], p.grad_output_stride[2]);
+  return has_type && has_channels && has_layout && p.height > 0 && p.width > 0 && is_small(p);
+}
+
+int64_t stages(const ModulatedDeformConv2dParams& p) {
+  return int64_t{p.taps()} * (p.channels / kStepChannels) * ceil_div(p.out_channels, kOutputs);
+}
+
+template <typename T, bool kFixed>
+int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
+  int status = launch(modulated_deform_conv2d_backward_pack_weight_kernel<T>, grid_of(stages(p)),
+                      dim3(kThreads), 0, stream, p);
+  if (status != 0) return status;
+  if constexpr (kFixed) status = launch_backward_exponents(p, stream);
+  if (status != 0) return status;
+  const int64_t blocks = p.batch * ceil_div(p.pixels(), kPixels);
+  const auto kernel = p.out_channels <= kOutputs
+                          ? modulated_deform_conv2d_backward_tensor_core_kernel<T, true, kFixed>
+                          : modulated_deform_conv2d_backward_tensor_core_kernel<T, false, kFixed>;
+  status = launch(kernel, grid_of(blocks), dim3(kThreads), 0, stream, p);
+  if (status != 0) return status;
+  if constexpr (kFixed) status = launch_backward_add_fixed_sums(p, stream);
+  return status;
+}
+
+}  // namespace
+
+int64_t modulated_deform_conv2d_backward_packed_weight_bytes(const ModulatedDeformConv2dParams& p) {
+  return takes(p) ? stages(p) * kStageVectors * int64_t{sizeof(uint4)} : 0;
+}
+
+int launch_backward_samples_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
+  if (p.batch * p.pixels() == 0) return 0;
+  const bool fixed = p.fixed_sums != nullptr, half = p.dtype == Dtype::kFloat16;
+  if (fixed) {
+    return half ? launch_typed<__half, true>(p, stream)
+                : launch_typed<__nv_bfloat16, true>(p, stream);
+  }
+  return half ? launch_typed<__half, false>(p, stream)
+              : launch_typed<__nv_bfloat16, false>(p, stream);
+}
+
+}  // namespace mafnet
