@@ -1,0 +1,158 @@
+// How the work of self_attention is cut up and shared out, whatever computes a block.
+//
+// An Engine packs blocks of kKeys keys with their values, and kQueries queries, into the order that
+// its matrix products read, and multiplies them. Problems are packed in groups that fit the
+// outermost cache, or one by one where they are large, so that memory is O(L). Who adds what, and
+// in which order, follows from the shapes alone: the bits are the same for any number of threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstddef>
+
+#include "modulated_deform_conv2d/vectors.h"
+#include "self_attention/tokens.h"
+
+namespace mafnet {
+
+constexpr int64_t kPackedBytes = 8 << 20;
+
+// Sums of grad_query that parts of the keys make side by side, so that few problems occupy many
+// cores too; less where they would take more than kPartialBytes.
+constexpr int64_t kParts = 32;
+constexpr int64_t kPartialBytes = 48 << 20;
+
+// The blocks of the problems first .. first + count.
+struct Group {
+  int64_t first, count, key_blocks, query_blocks;
+};
+
+template <typename Engine>
+Group make_group(const SelfAttentionParams& p, int64_t bytes_of_problem) {
+  Group group{};
+  group.key_blocks = (most_tokens(p, p.keys) + Engine::kKeys - 1) / Engine::kKeys;
+  group.query_blocks = (most_tokens(p, p.queries) + Engine::kQueries - 1) / Engine::kQueries;
+  const int64_t fit = kPackedBytes / std::max<int64_t>(bytes_of_problem, 1);
+  group.count = std::max<int64_t>(1, std::min(fit, count_problems(p)));
+  return group;
+}
+
+// Calls body(problem, slot, first token, count) for every block of size `block` of a group of
+// problems, in parallel. slot counts blocks; those past the end of a smaller problem are left out.
+template <typename Body>
+void for_blocks(const SelfAttentionParams& p, const Group& group, int64_t blocks, int block,
+                bool of_keys, const Body& body) {
+  torch::stable::parallel_for(0, group.count * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const Problem problem = make_problem(p, group.first + slot / blocks);
+      const int64_t first = slot % blocks * block;
+      const int64_t left = (of_keys ? problem.keys : problem.queries) - first;
+      if (left > 0) {
+        body(problem, slot, first, static_cast<int>(std::min<int64_t>(left, block)));
+      }
+    }
+  });
+}
+
+template <typename Engine>
+void run_forward(const SelfAttentionParams& p) {
+  const Engine engine(p);
+  const size_t key_bytes = engine.key_bytes();
+  Group group = make_group<Engine>(
+      p, (most_tokens(p, p.keys) / Engine::kKeys + 1) * static_cast<int64_t>(key_bytes));
+  Buffer<std::byte> keys(group.count * group.key_blocks * key_bytes, false);
+  const int64_t problems = count_problems(p), stride = group.count;
+  for (; group.first < problems; group.first += stride) {
+    group.count = std::min(stride, problems - group.first);
+    for_blocks(p, group, group.key_blocks, Engine::kKeys, true,
+               [&](const Problem& problem, int64_t slot, int64_t first, int count) {
+                 engine.pack_keys(problem, first, count, keys.data() + slot * key_bytes);
+               });
+    torch::stable::parallel_for(
+        0, group.count * group.query_blocks, 1, [&](int64_t begin, int64_t end) {
+          typename Engine::Scratch scratch(engine);
+          for (int64_t slot = begin; slot < end; ++slot) {
+            const int64_t member = slot / group.query_blocks;
+            const Problem problem = make_problem(p, group.first + member);
+            const int64_t first = slot % group.query_blocks * Engine::kQueries;
+            const int64_t count = std::min<int64_t>(problem.queries - first, Engine::kQueries);
+            if (count <= 0) continue;
+            engine.start(problem, first, static_cast<int>(count), scratch);
+            for (int64_t k = 0; k < problem.keys; k += Engine::kKeys) {
+              const int64_t block = member * group.key_blocks + k / Engine::kKeys;
+              const int64_t left = std::min<int64_t>(problem.keys - k, Engine::kKeys);
+              engine.attend(keys.data() + block * key_bytes, static_cast<int>(left), scratch);
+            }
+            engine.finish(problem, first, scratch);
+          }
+        });
+  }
+}
+
+// Each part of a problem's keys is one task: it walks over all queries, adds up the gradients of
+// its keys and values block by block, and its share of grad_query; the shares are added in order.
+template <typename Engine>
+void run_backward(const SelfAttentionParams& p) {
+  const Engine engine(p);
+  const size_t key_bytes = engine.key_bytes(), query_bytes = engine.query_bytes();
+  const int64_t most_keys = most_tokens(p, p.keys), most_queries = most_tokens(p, p.queries);
+  Group group = make_group<Engine>(
+      p, (most_keys / Engine::kKeys + 1) * static_cast<int64_t>(key_bytes) +
+             (most_queries / Engine::kQueries + 1) * static_cast<int64_t>(query_bytes));
+  const int64_t share = group.query_blocks * engine.grad_query_size();
+  const int64_t room = kPartialBytes / (4 * std::max<int64_t>(share * group.count, 1));
+  const int64_t wanted = std::min(kParts / std::min(group.count, kParts), group.key_blocks);
+  const int64_t parts = std::max<int64_t>(1, std::min(room, wanted));
+  const int64_t per_part = (group.key_blocks + parts - 1) / parts;
+  Buffer<std::byte> keys(group.count * group.key_blocks * key_bytes, false);
+  Buffer<std::byte> queries(group.count * group.query_blocks * query_bytes, false);
+  Buffer<typename Engine::Sum> shares(group.count * parts * share, false);
+  const int64_t problems = count_problems(p), stride = group.count;
+  for (; group.first < problems; group.first += stride) {
+    group.count = std::min(stride, problems - group.first);
+    for_blocks(p, group, group.key_blocks, Engine::kKeys, true,
+               [&](const Problem& problem, int64_t slot, int64_t first, int count) {
+                 engine.pack_keys(problem, first, count, keys.data() + slot * key_bytes);
+               });
+    for_blocks(p, group, group.query_blocks, Engine::kQueries, false,
+               [&](const Problem& problem, int64_t slot, int64_t first, int count) {
+                 engine.pack_queries(problem, first, count, queries.data() + slot * query_bytes);
+               });
+    torch::stable::parallel_for(0, group.count * parts, 1, [&](int64_t begin, int64_t end) {
+      typename Engine::Scratch scratch(engine);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t member = task / parts;
+        const Problem problem = make_problem(p, group.first + member);
+        auto* grad_query = shares.data() + task * share;
+        std::fill_n(grad_query, share, typename Engine::Sum{});
+        const int64_t stop = std::min((task % parts + 1) * per_part * Engine::kKeys, problem.keys);
+        for (int64_t k = task % parts * per_part * Engine::kKeys; k < stop; k += Engine::kKeys) {
+          const int count = static_cast<int>(std::min<int64_t>(problem.keys - k, Engine::kKeys));
+          const std::byte* key =
+              keys.data() + (member * group.key_blocks + k / Engine::kKeys) * key_bytes;
+          engine.start_keys(scratch);
+          for (int64_t q = 0; q < problem.queries; q += Engine::kQueries) {
+            const int64_t block = q / Engine::kQueries;
+            const int64_t left = std::min<int64_t>(problem.queries - q, Engine::kQueries);
+            engine.differentiate(
+                key, count, queries.data() + (member * group.query_blocks + block) * query_bytes,
+                static_cast<int>(left), grad_query + block * engine.grad_query_size(), scratch);
+          }
+          engine.finish_keys(problem, k, count, scratch);
+        }
+      }
+    });
+    for_blocks(p, group, group.query_blocks, Engine::kQueries, false,
+               [&](const Problem& problem, int64_t slot, int64_t first, int count) {
+                 const int64_t size = engine.grad_query_size();
+                 auto* sum = shares.data() + slot / group.query_blocks * parts * share +
+                             slot % group.query_blocks * size;
+                 for (int64_t part = 1; part < parts; ++part) {
+                   for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * share + i];
+                 }
+                 engine.write_grad_query(problem, first, count, sum);
+               });
+  }
+}
+
+}  // namespace mafnet
