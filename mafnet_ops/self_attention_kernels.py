@@ -150,7 +150,7 @@ def _forward_step(
     p = p.to(v.dtype)
     if ONES:
         # The tensor cores add the row up: fewer slots than an addition a score and shuffles.
-        ones = tl.full((k.shape[0], 16), 1.0, v.dtype)
+        ones = tl.full((k.shape[0], 8), 1.0, v.dtype)
         total = _add_dot(total * shrink[:, None], p, ones, PRECISION, UPCAST)
     else:
         total = total * shrink + tl.sum(p, 1)
@@ -227,7 +227,7 @@ def self_attention_forward_kernel(
     if NEGATE:
         q = (-q.to(tl.float32)).to(q.dtype)  # exact; the interpreter cannot negate bfloat16
     acc = tl.zeros((BLOCK_Q, PAD_V), tl.float32)
-    total = tl.zeros((BLOCK_Q, 16) if ONES else (BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q, 8) if ONES else (BLOCK_Q,), tl.float32)
     highest = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     columns = tl.arange(0, BLOCK_K)
     for at in tl.range(first_key, whole, BLOCK_K):
@@ -247,7 +247,7 @@ def self_attention_forward_kernel(
         )
 
     if ONES:
-        total = tl.max(total, 1)  # 16 equal columns
+        total = tl.max(total, 1)  # equal columns
     acc = acc / total[:, None]
     if SPLIT:
         # A part without a score above -inf has no say in the merge; NaN would have.

@@ -90,26 +90,44 @@ def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward_blocks(dtype: torch.dtype, width_qk: int, width_v: int, device: Device) -> Blocks:
-    """Chosen so that no register is spilled (``benchmarks/triton_bars.toml``) and shared memory fits."""
+def forward_blocks(
+    dtype: torch.dtype, width_qk: int, width_v: int, rows: int, device: Device
+) -> Blocks:
+    """Chosen so that no register is spilled (``benchmarks/triton_bars.toml``) and shared memory fits.
+
+    ``rows`` are all queries of the call. 128 x 128 costs 6.2 issue slots a score, 64 x 64 8.0, but gives
+    four times the programs: for what would not fill the GPU.
+    """
     width = max(_padded(width_qk), _padded(width_v))
     if dtype == torch.float32:
-        side = 64 if width <= 64 else 32
-        return Blocks(side, side, 4, 2)
-    if width <= 64:
-        return Blocks(128, 128, 8, 3)
-    return Blocks(128, 64, 8, 2) if width <= 128 else Blocks(64, 64, 8, 2)
+        return Blocks(64, 64, 4, 2) if width <= 64 else Blocks(32, 32, 4, 1)
+    if width > 128:
+        return Blocks(64, 64, 8, 1)
+    if width > 64:
+        return Blocks(128, 64, 8, 2)
+    if rows < 128 * device.multiprocessors:
+        return Blocks(64, 64, 4, 3)
+    return Blocks(128, 128, 8, 3 if device.shared >= 128 * 1024 else 2)
 
 
-def backward_blocks(dtype: torch.dtype, width_qk: int, width_v: int, device: Device) -> Blocks:
+def key_value_blocks(dtype: torch.dtype, width_qk: int, width_v: int) -> Blocks:
     """As :func:`forward_blocks`: here two accumulators and two kinds of resident rows share the registers."""
     width = max(_padded(width_qk), _padded(width_v))
     if dtype == torch.float32:
-        side = 64 if width <= 64 else 32
-        return Blocks(side, side, 4, 1)
+        return Blocks(64, 64, 4, 1) if width <= 64 else Blocks(32, 32, 4, 1)
     if width <= 64:
         return Blocks(64, 128, 8, 2)
-    return Blocks(64, 64, 8, 2) if width <= 128 else Blocks(32, 32, 4, 1)
+    return Blocks(64, 64, 8, 1) if width <= 128 else Blocks(32, 64, 8, 1)
+
+
+def query_blocks(dtype: torch.dtype, width_qk: int, width_v: int) -> Blocks:
+    """As :func:`forward_blocks`. 64 queries are one warp group's rows: more warps would repeat its exponentials."""
+    width = max(_padded(width_qk), _padded(width_v))
+    if dtype == torch.float32:
+        return Blocks(64, 64, 4, 1) if width <= 64 else Blocks(32, 32, 4, 1)
+    if width <= 64:
+        return Blocks(64, 64, 4, 2)
+    return Blocks(64, 64, 4, 1) if width <= 128 else Blocks(64, 32, 8, 1)
 
 
 def key_splits(programs: int, key_blocks: int, multiprocessors: int) -> int:
@@ -160,7 +178,8 @@ def device_of(tensor: Tensor) -> Device:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """All launches pass here, so that the static report can compile instead."""
-    kernel[grid](*arguments, **options)
+    # The default of this option changes with Triton 3.10; a scale and a difference are one instruction with it.
+    kernel[grid](*arguments, enable_fp_fusion=True, **options)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -252,12 +271,12 @@ def forward(
     shape = (*query.shape[:3], value.shape[3])
     out = _empty_like(value, shape)
     lse = query.new_empty(shape[:3], dtype=torch.float32)
-    if lse.numel() == 0 or out.numel() == 0 and key.numel() == 0:
+    if lse.numel() == 0:
         return out, lse
     if geometry.length_k == 0:
         return out.zero_(), lse.fill_(-math.inf)
     device = device_of(query)
-    blocks = forward_blocks(query.dtype, query.shape[3], value.shape[3], device)
+    blocks = forward_blocks(query.dtype, query.shape[3], value.shape[3], lse.numel(), device)
     programs = geometry.programs(geometry.length_q, blocks.query)
     key_blocks = -(-geometry.length_k // blocks.key)
     splits = 1 if window else key_splits(programs, key_blocks, device.multiprocessors)
@@ -323,10 +342,8 @@ def backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     sums = query.new_zeros(query.shape, dtype=torch.float32) if atomic else grad_query
-    device = device_of(query)
-    blocks = backward_blocks(query.dtype, query.shape[3], value.shape[3], device)
+    widths = (query.dtype, query.shape[3], value.shape[3])
     wide = _wide(grad_out, query, key, value, out, sums, *grads)
-    constants = _constants(geometry, query, value, wide, blocks)
     inputs = (
         *(grad_out, grad_out.stride(), query, query.stride()),
         *(key, key.stride(), value, value.stride(), lse, delta),
@@ -347,6 +364,7 @@ def backward(
             BLOCK=rows,
             num_warps=4,
         )
+        blocks = key_value_blocks(*widths)
         launch(
             _kernels().self_attention_backward_key_value_kernel,
             (geometry.programs(geometry.length_k, blocks.key),),
@@ -354,17 +372,18 @@ def backward(
             *(sums, grad_key, grad_key.stride(), grad_value, grad_value.stride()),
             *(*sizes, geometry.blocks(geometry.length_k, blocks.key), *scales),
             ATOMIC=atomic,
-            **constants,
+            **_constants(geometry, query, value, wide, blocks),
         )
         if atomic:
             grad_query.copy_(sums.mul_(scale))
         else:
+            blocks = query_blocks(*widths)
             launch(
                 _kernels().self_attention_backward_query_kernel,
                 (geometry.programs(geometry.length_q, blocks.query),),
                 *inputs,
                 *(grad_query, grad_query.stride()),
                 *(*sizes, geometry.blocks(geometry.length_q, blocks.query), *scales),
-                **constants,
+                **_constants(geometry, query, value, wide, blocks),
             )
     return grad_query, grad_key, grad_value
