@@ -262,6 +262,35 @@ def pool_concat(input: Tensor) -> Tensor:
     return torch.cat([F.max_pool2d(input, 3, 2, 1), F.avg_pool2d(input, 3, 2, 1)], 1)
 
 
+def pointwise_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    """LeakyReLU of a 1 x 1 convolution."""
+    return F.leaky_relu(F.conv2d(input, weight, bias), negative_slope)
+
+
+def pool_concat_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    """The definition of :func:`mafnet_ops.pool_concat_conv`, see there."""
+    out = F.conv2d(pool_concat(input), weight, bias, padding=weight.shape[-1] // 2)
+    return F.leaky_relu(out, negative_slope)
+
+
+def resize_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    negative_slope: float,
+) -> Tensor:
+    """LeakyReLU of a 3 x 3 convolution of ``input``, resized bilinearly to (height, width)."""
+    if tuple(input.shape[2:]) != (height, width):
+        input = F.interpolate(input, size=(height, width), mode="bilinear", align_corners=False)
+    return F.leaky_relu(F.conv2d(input, weight, bias, padding=1), negative_slope)
+
+
 def resize_add(input: Tensor, other: Tensor) -> Tensor:
     """The definition of :func:`mafnet_ops.resize_add`, see there."""
     size = (other.shape[-2], other.shape[-1])

@@ -1,0 +1,201 @@
+// spatial_gate: the product that makes the feature, the sigmoid and the sum, block by block.
+// Backward makes the feature again instead of keeping it.
+#include <cmath>
+
+#include "pyramid_spatial_attention/rows.h"
+
+namespace mafnet {
+namespace {
+
+constexpr int kBlock = 96;  // pixels whose rows of 64 channels fit the second cache several times
+
+// exp(x) to 2 units in the last place: 2^n by the bits of a float, e^r by a polynomial of degree 6
+// on |r| <= ln(2) / 2. Below -87 it is as good as 0, above 88.7 infinite.
+MAFNET_INLINE float exponential(float x) {
+  const float clamped = x > 89.0f ? 89.0f : x < -87.0f ? -87.0f : x;  // NaN stays
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = clamped * 1.44269504f + kMagic;
+  const float n = shifted - kMagic;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float sum = 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const uint32_t power = (static_cast<uint32_t>(bits) + 127u) << 23;
+  float scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return sum * scale;
+}
+MAFNET_INLINE double exponential(double x) { return std::exp(x); }
+
+template <typename A>
+MAFNET_INLINE A sigmoid(A x) {
+  return A{1} / (A{1} + exponential(-x));
+}
+
+template <typename A>
+struct Gate {
+  explicit Gate(const SpatialGateParams& p)
+      : row(padded_columns(p.channels)),
+        scale(static_cast<A>(p.scale)),
+        slope(static_cast<A>(p.negative_slope)),
+        per_row(divide_up(p.width, kBlock)),
+        product(p.channels, p.channels, p.dtype),
+        bias(row) {
+    product.load({p.weight, p.dtype, 0, 1, p.channels}, p.channels, p.channels, 0, 0);
+    product.pack();
+    load_bias(p.bias, p.dtype, p.channels, bias.data());
+  }
+
+  int row;
+  A scale, slope;
+  int64_t per_row;
+  Product<A> product;  // transposed: mask -> feature
+  Buffer<A> bias;
+};
+
+// One block: its masks and features, in rows.
+template <typename A>
+struct Block {
+  explicit Block(const Gate<A>& gate)
+      : size(static_cast<size_t>(padded_rows(kBlock)) * gate.row),
+        masks(size),
+        features(size + kRowPad),
+        values(size),
+        scratch(gate.product.scratch(kBlock), false) {}
+
+  void read(const SpatialGateParams& p, const Gate<A>& gate, int64_t index) {
+    x = static_cast<int>(index % gate.per_row) * kBlock;
+    y = static_cast<int>(index / gate.per_row % p.height);
+    n = index / gate.per_row / p.height;
+    count = std::min(kBlock, p.width - x);
+    copy_row(p.mask, n, y, x, count, p.channels, masks.data(), gate.row);
+    fill_rows(gate.bias.data(), gate.row, count, features.data(), gate.row);
+    gate.product.add(masks.data(), gate.row, count, features.data(), gate.row, scratch.data());
+  }
+
+  size_t size;
+  int64_t n = 0;
+  int y = 0, x = 0, count = 0;
+  Buffer<A> masks, features, values;  // features before their activation
+  Buffer<uint16_t> scratch;
+};
+
+template <typename A>
+void forward(const SpatialGateParams& p) {
+  const Gate<A> gate(p);
+  prepare(p.output, p.batch, int64_t{p.channels} * p.height * p.width);
+  torch::stable::parallel_for(
+      0, p.batch * p.height * gate.per_row, 1, [&](int64_t begin, int64_t end) {
+        Block<A> block(gate);
+        for (int64_t index = begin; index < end; ++index) {
+          block.read(p, gate, index);
+          const Row<A> input = read_row(p.input, block.n, block.y, block.x, block.count, p.channels,
+                                        block.values.data(), gate.row);
+          A* out = block.features.data();
+          const A *masks = block.masks.data(), scale = gate.scale, slope = gate.slope;
+          const int row = gate.row, channels = p.channels, count = block.count;
+          const bool from_feature = p.from_feature;
+          with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
+            for (int i = 0; i < count; ++i) {
+              const A* in = input.data + i * input.stride;
+              for (int c = 0; c < channels; ++c) {
+                const int at = i * row + c;
+                const A feature = out[at] > 0 ? out[at] : slope * out[at];
+                const A gated = sigmoid(from_feature ? feature : masks[at]) * scale;
+                out[at] = in[c] * gated + feature;
+              }
+            }
+          });
+          write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
+        }
+      });
+}
+
+template <typename A>
+void backward(const SpatialGateParams& p) {
+  const Gate<A> gate(p);
+  const int row = gate.row, channels = p.channels;
+  const bool need_weight = p.grad_weight != nullptr || p.grad_bias != nullptr;
+  Product<A> product(channels, channels, p.dtype);
+  product.load({p.weight, p.dtype, 0, channels, 1}, channels, channels, 0, 0);
+  product.pack();
+  const int64_t elements = int64_t{channels} * p.height * p.width;
+  if (p.grad_input.data != nullptr) prepare(p.grad_input, p.batch, elements);
+  if (p.grad_mask.data != nullptr) prepare(p.grad_mask, p.batch, elements);
+  const int64_t blocks = p.batch * p.height * gate.per_row;
+  const int64_t chunks = std::clamp<int64_t>(blocks / 16, 1, kMostChunks);
+  const int64_t per_chunk = divide_up(blocks, chunks);
+  Partials<A> partials(static_cast<int>(chunks), channels, row, row, need_weight);
+
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    Block<A> block(gate);
+    Buffer<A> outputs(block.size), to_inputs(block.size), to_masks(block.size);
+    for (int64_t index = begin * per_chunk; index < std::min(blocks, end * per_chunk); ++index) {
+      block.read(p, gate, index);
+      const int64_t n = block.n;
+      const int y = block.y, x = block.x, count = block.count;
+      const Row<A> input =
+          read_row(p.input, n, y, x, count, channels, block.values.data(), row);
+      const Row<A> grad =
+          read_row(p.grad_output, n, y, x, count, channels, outputs.data(), row);
+      A *features = block.features.data(), *to_input = to_inputs.data(), *to_mask = to_masks.data();
+      const A *masks = block.masks.data(), scale = gate.scale, slope = gate.slope;
+      const bool from_feature = p.from_feature;
+      // features become the gradients of what the activation got.
+      with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
+        for (int i = 0; i < count; ++i) {
+          const A* in = input.data + i * input.stride;
+          const A* g = grad.data + i * grad.stride;
+          for (int c = 0; c < channels; ++c) {
+            const int at = i * row + c;
+            const A before = features[at], factor = before > 0 ? A{1} : slope;
+            const A gated = sigmoid(from_feature ? before * factor : masks[at]);
+            to_input[at] = g[c] * gated * scale;
+            const A to_gate = g[c] * in[c] * scale * (gated * (A{1} - gated));
+            features[at] = (from_feature ? g[c] + to_gate : g[c]) * factor;
+            to_mask[at] = from_feature ? A{0} : to_gate;
+          }
+          for (int c = channels; c < row; ++c) features[i * row + c] = to_mask[i * row + c] = 0;
+        }
+      });
+      if (need_weight) {
+        const int64_t chunk = index / per_chunk;
+        multiply(Matrix<A>{features, 1, row}, masks, row, channels, count, row,
+                 partials.weight(chunk), row, true);
+        add_rows(features, row, count, row, partials.bias(chunk));
+      }
+      if (p.grad_input.data != nullptr) {
+        write_row(to_input, row, count, channels, p.grad_input, n, y, x);
+      }
+      if (p.grad_mask.data != nullptr) {
+        product.add(features, row, count, to_mask, row, block.scratch.data());
+        write_row(to_mask, row, count, channels, p.grad_mask, n, y, x);
+      }
+    }
+  });
+  partials.reduce();
+  if (p.grad_weight != nullptr) {
+    scatter_pixels(partials.weight(0), row, channels, channels,
+                   {p.grad_weight, p.dtype, 0, channels, 1});
+  }
+  if (p.grad_bias != nullptr) {
+    scatter_pixels(partials.bias(0), row, 1, channels, {p.grad_bias, p.dtype, 0, 0, 1});
+  }
+}
+
+}  // namespace
+
+int launch_spatial_gate_forward(const SpatialGateParams& p, void*) {
+  return with_accumulator(p.dtype, [&](auto a) { forward<decltype(a)>(p); });
+}
+
+int launch_spatial_gate_backward(const SpatialGateParams& p, void*) {
+  return with_accumulator(p.dtype, [&](auto a) { backward<decltype(a)>(p); });
+}
+
+}  // namespace mafnet

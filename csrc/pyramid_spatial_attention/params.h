@@ -1,0 +1,81 @@
+// What crosses the line between torch and the kernels of pyramid spatial attention.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace mafnet {
+
+// A tensor (N, C, H, W) with its strides in elements, any.
+template <typename Pointer>
+struct ImageOf {
+  Pointer data;
+  Dtype dtype;
+  int64_t stride[4];
+};
+using Source = ImageOf<const void*>;
+using Target = ImageOf<void*>;
+
+// output = leaky_relu(W f(input) + bias). f is nothing (pointwise_conv), both poolings side by side
+// (pool_concat_conv) or a bilinear resize (resize_conv). pool_concat is f alone.
+struct PyramidConvParams {
+  Dtype dtype;  // of every tensor
+  int64_t batch;
+  int channels, height, width;  // of input
+  int out_channels, out_height, out_width;
+  double negative_slope;  // at least 0; 1 for no activation
+  Source input;
+  const void* weight;  // contiguous: (out_channels, channels or twice as many), resize_conv 3 x 3
+  const void* bias;    // may be null
+  Target output;       // backward: what forward gave, which is only read
+
+  Source grad_output;  // backward only, as all below
+  Target grad_input;   // null data where not wanted, as both below
+  void* grad_weight;
+  void* grad_bias;
+};
+
+// output = resize(input) + other; backward: grad_input = the transpose of resize on grad_output.
+struct ResizeAddParams {
+  Dtype dtype;
+  int64_t batch;
+  int channels, height, width, out_height, out_width;
+  Source input, other, grad_output;
+  Target output, grad_input;
+};
+
+// feature = leaky_relu(W mask + bias), output = input * sigmoid(mask or feature) * scale + feature.
+struct SpatialGateParams {
+  Dtype dtype;       // of mask and of weight and bias
+  Dtype wide_dtype;  // of input and output: dtype, or float32 beside a half-precision mask
+  int64_t batch;
+  int channels, height, width;
+  double scale, negative_slope;
+  bool from_feature;
+  Source input, mask;
+  const void* weight;  // contiguous (channels, channels)
+  const void* bias;    // may be null
+  Target output;
+
+  Source grad_output;  // backward only, as all below
+  Target grad_input, grad_mask;
+  void* grad_weight;
+  void* grad_bias;
+};
+
+// Each returns 0 or a CUDA error; stream is a cudaStream_t, unused on the CPU.
+int launch_pointwise_conv_forward(const PyramidConvParams& params, void* stream);
+int launch_pointwise_conv_backward(const PyramidConvParams& params, void* stream);
+int launch_pool_concat_forward(const PyramidConvParams& params, void* stream);
+int launch_pool_concat_backward(const PyramidConvParams& params, void* stream);
+int launch_pool_concat_conv_forward(const PyramidConvParams& params, void* stream);
+int launch_pool_concat_conv_backward(const PyramidConvParams& params, void* stream);
+int launch_resize_conv_forward(const PyramidConvParams& params, void* stream);
+int launch_resize_conv_backward(const PyramidConvParams& params, void* stream);
+int launch_resize_add_forward(const ResizeAddParams& params, void* stream);
+int launch_resize_add_backward(const ResizeAddParams& params, void* stream);
+int launch_spatial_gate_forward(const SpatialGateParams& params, void* stream);
+int launch_spatial_gate_backward(const SpatialGateParams& params, void* stream);
+
+}  // namespace mafnet

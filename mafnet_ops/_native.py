@@ -1,0 +1,192 @@
+"""Autograd for ops that are one raw forward and one raw backward op with one output tensor.
+
+``register_op`` of ``_library`` says whether an op has kernels; ``call`` here runs them. Derivatives beyond the first
+go through the op's reference, so that they are right though no kernel computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import fold, jvp_by_vjp, unfold
+
+Optional = Tensor | None
+Options = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class NativeOp:
+    """What an op computes from tensors, of which some may be None, and options, which are no tensors."""
+
+    forward: Callable[..., Tensor]
+    """(*tensors, *options) -> output"""
+    backward: Callable[..., tuple[Tensor, ...]]
+    """(grad_output, tensors, output, options, needs) -> a gradient per tensor; of no elements where not needed"""
+    reference: Callable[..., Tensor]
+    """As ``forward``, in differentiable PyTorch."""
+    per_image: tuple[int, ...]
+    """Positions of the tensors whose first dimension counts images; the others are parameters."""
+
+
+OPS: dict[str, NativeOp] = {}
+"""Every op that ``call`` knows; Functions take the name, which torch.compile can hold on to."""
+
+
+def call(name: str, tensors: tuple[Optional, ...], options: Options = ()) -> Tensor:
+    """Run the native op ``name``, differentiably."""
+    # Dynamo refuses a Function with a custom jvp and has no use for one.
+    function = _Forward if torch.compiler.is_compiling() else _ForwardWithJvp
+    return function.apply(name, options, *tensors)
+
+
+class _Forward(torch.autograd.Function):
+    """(name, options, *tensors) -> output."""
+
+    @staticmethod
+    def forward(name: str, options: Options, *tensors: Optional) -> Tensor:
+        return OPS[name].forward(*tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name, ctx.options, *tensors = inputs
+        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional, ...]:
+        output, *tensors = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[2:])
+        backward = _run_backward if torch.compiler.is_compiling() else _Backward.apply
+        grads = backward(ctx.name, ctx.options, needs, grad, output, *tensors)
+        return (None, None, *(g if need else None for g, need in zip(grads, needs)))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], name: str, options: Options, *tensors: Optional
+    ) -> tuple[Tensor, int]:
+        dims, batch = in_dims[2:], info.batch_size
+        images = OPS[name].per_image
+        if all(d is None for i, d in enumerate(dims) if i not in images):
+            folded = _fold_images(tensors, dims, batch, images)
+            return unfold(_ForwardWithJvp.apply(name, options, *folded), batch), 0
+        each = [_select(tensors, dims, i) for i in range(batch)]
+        return torch.stack([_ForwardWithJvp.apply(name, options, *one) for one in each]), 0
+
+
+class _ForwardWithJvp(_Forward):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        primals = ctx.saved_for_forward
+        present, given, filled = _present(primals, tangents[2:])
+        return jvp_by_vjp(_reference(ctx.name, ctx.options, present), given, filled)
+
+
+def _run_backward(
+    name: str, options: Options, needs: tuple[bool, ...], grad: Tensor, output: Tensor, *tensors: Optional
+) -> tuple[Tensor, ...]:
+    return OPS[name].backward(grad, tensors, output, options, needs)
+
+
+class _Backward(torch.autograd.Function):
+    """The raw backward op, whose own gradient goes through the reference; ``output`` follows from the tensors."""
+
+    forward = staticmethod(_run_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name, ctx.options, ctx.needs, grad, _, *tensors = inputs
+        ctx.save_for_backward(grad, *tensors)
+        ctx.save_for_forward(grad, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Optional, ...]:
+        present, primals, _ = _present(ctx.saved_tensors, (None,) * len(ctx.saved_tensors))
+        function = _reference_vjp(ctx.name, ctx.options, present[1:], ctx.needs)
+        vjp: Any = torch.func.vjp(function, *primals)[1]
+        results = iter(vjp(tuple(g for g, need in zip(grads, ctx.needs) if need)))
+        first, *rest = (next(results) if there else None for there in present)
+        return (None, None, None, first, None, *rest)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        primals = ctx.saved_for_forward
+        present, given, filled = _present(primals, (tangents[3], *tangents[5:]))
+        function = _reference_vjp(ctx.name, ctx.options, present[1:], ctx.needs)
+        results = iter(jvp_by_vjp(function, given, filled))
+        return tuple(
+            next(results) if need else primals[0].new_zeros((0, *(() if t is None else t.shape[1:])))
+            for need, t in zip(ctx.needs, primals[1:])
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        name, options, needs, *tensors = args
+        dims, batch = in_dims[3:], info.batch_size
+        images = (0, 1, *(i + 2 for i in OPS[name].per_image))
+        parameters = [i for i in range(2, len(tensors)) if i not in images]
+        if all(dims[i] is None and not needs[i - 2] for i in parameters):
+            folded = _fold_images(tensors, dims, batch, images)
+            grads = _Backward.apply(name, options, needs, *folded)
+            results = [
+                unfold(g, batch) if need else g.new_empty((batch, *g.shape))
+                for g, need in zip(grads, needs)
+            ]
+        else:  # gradients of parameters are sums over the images: one by one
+            each = [_select(tensors, dims, i) for i in range(batch)]
+            parts = [_Backward.apply(name, options, needs, *one) for one in each]
+            results = [torch.stack(same) for same in zip(*parts)]
+        return tuple(results), (0,) * len(results)
+
+
+def _present(
+    primals: tuple[Optional, ...], tangents: tuple[Optional, ...]
+) -> tuple[list[bool], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Which tensors are there, those, and their tangents with zeros for the missing ones."""
+    pairs = [(p, t) for p, t in zip(primals, tangents) if p is not None]
+    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
+    return [p is not None for p in primals], tuple(p for p, _ in pairs), filled
+
+
+def _reference(name: str, options: Options, present: list[bool]) -> Any:
+    """The definition as a function of the tensors that are there."""
+
+    def function(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return OPS[name].reference(*(next(given) if there else None for there in present), *options)
+
+    return function
+
+
+def _reference_vjp(
+    name: str, options: Options, present: list[bool], needs: tuple[bool, ...]
+) -> Any:
+    """(grad_output, *tensors) -> the wanted gradients, by the reference."""
+
+    def backward(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        vjp: Any = torch.func.vjp(_reference(name, options, present), *tensors)[1]
+        grads = iter(vjp(grad_output))
+        every = [next(grads) if there else None for there in present]
+        return tuple(g for g, need in zip(every, needs) if need and g is not None)
+
+    return backward
+
+
+def _fold_images(
+    tensors: Any, dims: tuple[Any, ...], batch: int, per_image: tuple[int, ...]
+) -> list[Optional]:
+    """Merge the dimension that vmap added into the batch of images; the others are shared."""
+    return [
+        t if t is None or i not in per_image else fold(t, d, batch)
+        for i, (t, d) in enumerate(zip(tensors, dims))
+    ]
+
+
+def _select(tensors: Any, dims: tuple[Any, ...], index: int) -> list[Optional]:
+    return [t if t is None or d is None else t.select(d, index) for t, d in zip(tensors, dims)]
