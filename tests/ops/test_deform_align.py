@@ -309,12 +309,14 @@ def test_compile_fullgraph_with_dynamic_shapes() -> None:
     def traced(given: dict[str, Any]) -> Tensor:
         return compiled(**given)
 
+    graphs = []
     for batch, size in ((5, (7, 11)), (6, (13, 17))):  # no batch of 2, the width of a flow
         given = arguments((4, 2, 1, (3, 3), size), dtype=torch.float32, batch=batch)
         expected = gradients(op, given)
         for name, grad in gradients(traced, given).items():
             assert_same(grad, expected[name])
-    assert counter.frame_count == 1
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1]  # not 1: torch starts anew when it finds that a float is a constant
     assert counter.op_count > 0
 
 
