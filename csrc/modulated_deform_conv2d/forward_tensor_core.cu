@@ -29,11 +29,14 @@ constexpr int kSmallestRun = 4;                // of channels in one offset grou
 constexpr int kLaneTiles = kColumnTiles * 32;  // of a stage: one for every thread
 static_assert(kLaneTiles == kThreads);
 
-// Bounds under which coordinates are exact in float and in split_floor, pixels and element offsets
-// of an image fit into int, and products with reciprocals find the offset group.
+// Bounds under which coordinates are exact in float and in split_floor, pixels fit into int and
+// byte offsets from where an image begins into 32 bits, and products with reciprocals find the
+// offset group.
 constexpr int64_t kMostPositions = int64_t{1} << 22;
-constexpr int64_t kMostElements = (int64_t{1} << 31) - 1;
+constexpr int64_t kMostPixels = int64_t{1} << 30;
+constexpr int64_t kMostBytes = (int64_t{1} << 32) - 1;
 constexpr int kMostChannels = 2048;
+constexpr int64_t kMostImages = 65535;  // of the grid's second dimension
 
 // The output channel that column `column` of column tile `tile` stands for.
 DEVICE int output_of(int tile, int column) {
@@ -85,16 +88,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   SHARED(uint4, ring, [kStages][kLaneTiles * kVectors]);
   const int thread = threadIdx.x, lane = thread % 32;
   const int output_tiles = static_cast<int>(ceil_div(p.out_channels, kOutputs));
-  const int64_t tiles = ceil_div(p.pixels(), kPixels);
-  int64_t block = blockIdx.x;
-  const int output_tile = static_cast<int>(block % output_tiles);
-  block /= output_tiles;
-  const int64_t n = block / tiles;
+  const int output_tile = static_cast<int>(blockIdx.x) % output_tiles;
+  const int tile = static_cast<int>(blockIdx.x) / output_tiles;
+  // A coordinate of the grid: the compiler knows it to be one for all lanes, and keeps what begins
+  // at an image in uniform registers.
+  const int64_t n = blockIdx.y;
 
   // This lane's two pixels; those past the end repeat the last one and are not stored.
   const int pixels = static_cast<int>(p.pixels());
-  const int first =
-      static_cast<int>(block % tiles) * kPixels + thread / 32 * kWarpPixels + lane / 4;
+  const int first = tile * kPixels + thread / 32 * kWarpPixels + lane / 4;
   const int pixel[2] = {min(first, pixels - 1), min(first + 8, pixels - 1)};
   const bool stored[2] = {first < pixels, first + 8 < pixels};
   float base_y[2], base_x[2];
@@ -104,13 +106,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     base_y[q] = static_cast<float>(row * p.stride_h - p.padding_h);
     base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
   }
-  const CoordinateOrigin origin = make_origin(p, n);
+  const CoordinateOrigin origin = make_origin<T>(p, n);
 
   const int tap_steps = p.channels / kStepChannels, steps = p.taps() * tap_steps;
-  const T* image =
-      static_cast<const T*>(p.input) + n * p.input_stride[0] + lane % 4 * kLaneChannels;
-  const int row_stride = static_cast<int>(p.input_stride[2]);
-  const int column_stride = static_cast<int>(p.input_stride[3]);
+  Image image;
+  image.data = reinterpret_cast<const unsigned char*>(static_cast<const T*>(p.input) +
+                                                      n * p.input_stride[0]);
+  image.row_stride = static_cast<uint32_t>(p.input_stride[2] * int64_t{sizeof(T)});
+  image.column_stride = static_cast<uint32_t>(p.input_stride[3] * int64_t{sizeof(T)});
   // Run v of kRun channels lies in offset group v / runs_per_group % offset_groups, by products and
   // shifts.
   constexpr int kRun = kLaneChannels / kRuns, kRunWords = kRun / kOfWord<T>;
@@ -152,23 +155,20 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int q = 0; q < 2; ++q) {
         position[i][q] =
             make_position(base_y[q] + tap_y, base_x[q] + tap_x,
-                          load_coordinates<T, kRaw>(p, origin, pixel[q], offset_group, plane));
+                          load_coordinates<T, kRaw>(p, origin, static_cast<uint32_t>(pixel[q]),
+                                                    offset_group, static_cast<uint32_t>(plane)));
         inner = is_inner(p, position[i][q]) && inner;
       }
     }
-    const T* source = image + tap_step * kStepChannels;
     Corners<kRunWords> corners[kRuns][2];
-    if (__all_sync(0xffffffffu, inner)) {
+    const bool all_inner = __all_sync(0xffffffffu, inner);
 #pragma unroll
-      for (int i = 0; i < 2 * kRuns; ++i) {
-        corners[i / 2][i % 2] = inner_corners<kRunWords>(
-            position[i / 2][i % 2], source + i / 2 * kRun, row_stride, column_stride);
-      }
-    } else {
+    for (int i = 0; i < kRuns; ++i) {
+      image.channels = static_cast<uint32_t>((run + i) * kRun) * uint32_t{sizeof(T)};
 #pragma unroll
-      for (int i = 0; i < 2 * kRuns; ++i) {
-        corners[i / 2][i % 2] = edge_corners<kRunWords>(
-            p, position[i / 2][i % 2], source + i / 2 * kRun, row_stride, column_stride);
+      for (int q = 0; q < 2; ++q) {
+        corners[i][q] = all_inner ? inner_corners<kRunWords>(position[i][q], image)
+                                  : edge_corners<kRunWords>(p, position[i][q], image);
       }
     }
     float samples[2][kLaneChannels];
@@ -237,13 +237,27 @@ bool is_aligned(const void* pointer, int64_t first_stride, int64_t second_stride
          second_stride % kLaneChannels == 0;
 }
 
+// Whether an image of `planes` planes, at these strides of planes and pixels, is within kMostBytes.
+bool fits(int64_t planes, int64_t pixels, int64_t plane_stride, int64_t pixel_stride, Dtype dtype) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  return ((planes - 1) * plane_stride + (pixels - 1) * pixel_stride + 1) * size <= kMostBytes;
+}
+
 bool is_small(const ModulatedDeformConv2dParams& p) {
   const auto reach = [](int64_t out, int64_t stride, int64_t padding, int64_t kernel,
                         int64_t dilation) { return out * stride + padding + kernel * dilation; };
-  const int64_t elements =
-      (p.height - 1) * p.input_stride[2] + (p.width - 1) * p.input_stride[3] + p.channels;
-  return p.pixels() <= kMostElements - kPixels && p.height <= kMostPositions &&
-         p.width <= kMostPositions && elements <= kMostElements &&
+  const int64_t planes = int64_t{p.offset_groups} * p.taps(), pixels = p.pixels();
+  const int64_t (&offset)[3] = p.offset_stride, (&mask)[3] = p.mask_stride;
+  // Strides of what is not there are 0.
+  const bool coordinates_fit =
+      fits(2 * planes, pixels, offset[1], offset[2], p.offset_dtype) &&
+      fits(planes, pixels, mask[1], mask[2], p.mask_dtype) &&
+      fits(2, pixels, p.raw.flow_stride[0][2], p.raw.flow_stride[0][1], p.raw.flow_dtype) &&
+      fits(2, pixels, p.raw.flow_stride[1][2], p.raw.flow_stride[1][1], p.raw.flow_dtype);
+  const int64_t columns = (p.width - 1) * p.input_stride[3] + p.channels;
+  return coordinates_fit && fits(p.height, columns, p.input_stride[2], 1, p.dtype) &&
+         p.batch <= kMostImages && pixels <= kMostPixels && p.height <= kMostPositions &&
+         p.width <= kMostPositions &&
          reach(p.out_height, p.stride_h, p.padding_h, p.kernel_h, p.dilation_h) <= kMostPositions &&
          reach(p.out_width, p.stride_w, p.padding_w, p.kernel_w, p.dilation_w) <= kMostPositions;
 }
@@ -270,15 +284,15 @@ int launch_products(const ModulatedDeformConv2dParams& p, void* stream) {
   const int status = launch(modulated_deform_conv2d_pack_weight_kernel<Products>,
                             grid_of(stages(p)), dim3(kThreads), 0, stream, p);
   if (status != 0) return status;
-  const int64_t blocks =
-      p.batch * ceil_div(p.pixels(), kPixels) * ceil_div(p.out_channels, kOutputs);
+  const int64_t blocks = ceil_div(p.pixels(), kPixels) * ceil_div(p.out_channels, kOutputs);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
   const bool whole = p.offset_group_channels() % kLaneChannels == 0;
   const auto kernel =
       p.raw.used ? whole ? modulated_deform_conv2d_forward_tensor_core_kernel<Products, 1, true>
                          : modulated_deform_conv2d_forward_tensor_core_kernel<Products, 2, true>
       : whole    ? modulated_deform_conv2d_forward_tensor_core_kernel<Products, 1, false>
                  : modulated_deform_conv2d_forward_tensor_core_kernel<Products, 2, false>;
-  return launch(kernel, grid_of(blocks), dim3(kThreads), 0, stream, p);
+  return launch(kernel, grid, dim3(kThreads), 0, stream, p);
 }
 
 // Calls body(Type<Products>{}).

@@ -36,8 +36,7 @@ struct Words {
   static constexpr int kOfRead = kWords < 4 ? kWords : 4, kReads = kWords / kOfRead;
   Vector<uint32_t, kOfRead> read[kReads];
 
-  template <typename T>
-  static DEVICE Words load(const T* address) {
+  static DEVICE Words load(const unsigned char* address) {
     Words words;
 #pragma unroll
     for (int i = 0; i < kReads; ++i) {
@@ -56,16 +55,29 @@ struct Corners {
   float weight[4];
 };
 
-template <int kWords, typename T>
-DEVICE Corners<kWords> inner_corners(const Position& s, const T* image, int row_stride,
-                                     int column_stride) {
-  const T* top = image + (s.row * row_stride + s.column * column_stride);
-  const T* bottom = top + row_stride;
+// Where an image begins, where a lane's channels in it, and its strides, in bytes.
+struct Image {
+  const unsigned char* data;
+  uint32_t channels, row_stride, column_stride;
+
+  DEVICE uint32_t at(int row, int column) const {
+    return static_cast<uint32_t>(row) * row_stride + static_cast<uint32_t>(column) * column_stride +
+           channels;
+  }
+  template <int kWords>
+  DEVICE Words<kWords> load(uint32_t at) const {
+    return Words<kWords>::load(data + at);
+  }
+};
+
+template <int kWords>
+DEVICE Corners<kWords> inner_corners(const Position& s, const Image& image) {
+  const uint32_t top = image.at(s.row, s.column), bottom = top + image.row_stride;
   Corners<kWords> c;
-  c.value[0] = Words<kWords>::load(top);
-  c.value[1] = Words<kWords>::load(top + column_stride);
-  c.value[2] = Words<kWords>::load(bottom);
-  c.value[3] = Words<kWords>::load(bottom + column_stride);
+  c.value[0] = image.load<kWords>(top);
+  c.value[1] = image.load<kWords>(top + image.column_stride);
+  c.value[2] = image.load<kWords>(bottom);
+  c.value[3] = image.load<kWords>(bottom + image.column_stride);
   const float low = (1 - s.part_y) * s.mask, high = s.part_y * s.mask;
   c.weight[0] = low * (1 - s.part_x);
   c.weight[1] = low * s.part_x;
@@ -74,17 +86,20 @@ DEVICE Corners<kWords> inner_corners(const Position& s, const T* image, int row_
   return c;
 }
 
-template <int kWords, typename T>
+template <int kWords>
 DEVICE Corners<kWords> edge_corners(const ModulatedDeformConv2dParams& p, const Position& s,
-                                    const T* image, int row_stride, int column_stride) {
+                                    const Image& image) {
   Sample<float> sample;
   sample.rows = sample_axis<Interpolation::kBilinear, float>(s.y, p.height, Padding::kZeros);
   sample.columns = sample_axis<Interpolation::kBilinear, float>(s.x, p.width, Padding::kZeros);
   Corners<kWords> c;
-  for_corners(sample, row_stride, column_stride, [&](int j, int k, bool inside, int64_t at) {
-    c.value[2 * j + k] = inside ? Words<kWords>::load(image + at) : Words<kWords>{};
-    c.weight[2 * j + k] = sample.rows.weight[j] * s.mask * sample.columns.weight[k];
-  });
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = sample.rows.index[i / 2], column = sample.columns.index[i % 2];
+    c.value[i] = {};
+    if (row >= 0 && column >= 0) c.value[i] = image.load<kWords>(image.at(row, column));
+    c.weight[i] = sample.rows.weight[i / 2] * s.mask * sample.columns.weight[i % 2];
+  }
   return c;
 }
 
