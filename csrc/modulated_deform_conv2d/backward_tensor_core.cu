@@ -357,36 +357,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// Offsets within an image and within a plane fit into int.
 bool is_small(const ModulatedDeformConv2dParams& p) {
-  const auto reach = [](int64_t out, int64_t stride, int64_t padding, int64_t kernel,
-                        int64_t dilation) { return out * stride + padding + kernel * dilation; };
   // Up to two rows and columns beside the image.
   const int64_t elements =
       (p.height + 2) * p.input_stride[2] + (p.width + 2) * p.input_stride[3] + p.channels;
   const int64_t grad_elements = (int64_t{p.height} + 2) * (p.width + 2) * p.channels;
-  // The offset of a pixel in a plane, in bytes.
-  const int64_t pixel_bytes = p.pixels() * std::max(p.offset_stride[2], p.mask_stride[2]) * 4;
   const int64_t plane_bytes = std::max(p.offset_stride[1], p.mask_stride[1]) * 4;
-  return p.pixels() <= kMostElements - kPixels && p.height <= kMostPositions &&
-         p.width <= kMostPositions && elements <= kMostElements && grad_elements <= kMostElements &&
-         pixel_bytes <= kMostElements && plane_bytes <= kMostElements &&
-         reach(p.out_height, p.stride_h, p.padding_h, p.kernel_h, p.dilation_h) <= kMostPositions &&
-         reach(p.out_width, p.stride_w, p.padding_w, p.kernel_w, p.dilation_w) <= kMostPositions;
+  const int64_t pixel_bytes = p.pixels() * std::max(p.offset_stride[2], p.mask_stride[2]) * 4;
+  return std::max({elements, grad_elements, plane_bytes, pixel_bytes}) <= kMostElements;
 }
 
 bool takes(const ModulatedDeformConv2dParams& p) {
-  const bool has_type =
-      p.dtype == Dtype::kFloat16 || (p.dtype == Dtype::kBFloat16 && has_bfloat16_tensor_cores());
-  const bool has_channels = !p.raw.used && p.parts == 1 && p.groups == 1 &&
-                            p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
-                            p.offset_group_channels() % kVectorChannels == 0 &&
-                            p.out_channels % kVectorChannels == 0;
-  const bool has_layout =
-      p.input_stride[1] == 1 && p.grad_output_stride[1] == 1 &&
-      p.input_stride[0] % kVectorChannels == 0 && p.grad_output_stride[0] % kVectorChannels == 0 &&
-      is_aligned(p.input, p.input_stride[2], p.input_stride[3]) &&
-      is_aligned(p.grad_output, p.grad_output_stride[2], p.grad_output_stride[2]);
-  return has_type && has_channels && has_layout && p.height > 0 && p.width > 0 && is_small(p);
+  return !p.raw.used && p.parts == 1 && is_small(p) && backward_suits_tensor_cores(p);
 }
 
 int64_t stages(const ModulatedDeformConv2dParams& p) {

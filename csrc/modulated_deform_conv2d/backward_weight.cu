@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "modulated_deform_conv2d/backward.cuh"
+#include "modulated_deform_conv2d/backward_weight_tensor_core.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
 
 namespace mafnet {
@@ -181,12 +182,14 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t modulated_deform_conv2d_weight_partials(const ModulatedDeformConv2dParams& p) {
   if (weight_elements(p) == 0) return 0;
+  if (weight_suits_tensor_cores(p)) return tensor_core_weight_partials(p);
   return range_count(p) * weight_elements(p);
 }
 
 int launch_backward_weight(const ModulatedDeformConv2dParams& p, void* stream) {
   const int64_t elements = weight_elements(p);
   if (elements == 0) return 0;
+  if (weight_suits_tensor_cores(p)) return launch_backward_weight_tensor_core(p, stream);
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t ranges = range_count(p);
