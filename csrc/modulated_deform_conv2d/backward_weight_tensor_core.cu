@@ -1,6 +1,6 @@
-// modulated_deform_conv2d backward on tensor cores: grad_weight of fp16 and bf16 in channels last,
-// offset groups of whole 8 channels, one group of the convolution (backward_weight.cu has the
-// formula). Deterministic.
+// modulated_deform_conv2d backward on tensor cores: grad_weight, and beside it grad_bias, of fp16
+// and bf16 in channels last, offset groups of whole 8 channels, one group of the convolution
+// (backward_weight.cu has the formulas). Deterministic.
 //
 // A matrix product of output channels x (tap, channel) over the pixels. A block owns 64 output
 // channels and kSteps steps, each 32 channels of one tap, and walks a range of pixels by kPixels:
@@ -46,8 +46,11 @@ MAFNET_HOST_DEVICE int64_t tiles_of(const ModulatedDeformConv2dParams& p) {
   return ceil_div(p.pixels(), kPixels);
 }
 
-int64_t blocks_per_range(const ModulatedDeformConv2dParams& p) {
-  return step_blocks(p) * ceil_div(p.out_channels, kOutputs);
+MAFNET_HOST_DEVICE int64_t output_tiles_of(const ModulatedDeformConv2dParams& p) {
+  return ceil_div(p.out_channels, kOutputs);
+}
+MAFNET_HOST_DEVICE int64_t blocks_per_range(const ModulatedDeformConv2dParams& p) {
+  return step_blocks(p) * output_tiles_of(p);
 }
 
 int64_t range_count(const ModulatedDeformConv2dParams& p) {
@@ -57,11 +60,33 @@ int64_t range_count(const ModulatedDeformConv2dParams& p) {
   return std::max<int64_t>(1, std::min({wanted, useful, affordable}));
 }
 
+// Behind the sums of the weight: of every range, output tile and thread.
+MAFNET_HOST_DEVICE float* bias_partials_of(const ModulatedDeformConv2dParams& p, int64_t ranges) {
+  return static_cast<float*>(p.weight_partials) + ranges * blocks_per_range(p) * kBlockSums;
+}
+
 // Where vector v of row r lies in its row: then neither 8 rows of one vector, which ldmatrix reads,
 // nor neighbouring vectors, which are written, meet in a bank.
 template <int kVectors>
 DEVICE int place_of(int r, int v) {
   return v ^ r / (8 / kVectors) % kVectors;
+}
+
+// What a vector of a step samples.
+struct Source {
+  int channel, offset_group, plane;
+  float tap_y, tap_x;
+};
+
+DEVICE Source make_source(const ModulatedDeformConv2dParams& p, int step, int vector) {
+  const int parts = p.channels / kStepChannels, tap = step / parts;
+  Source source;
+  source.channel = step % parts * kStepChannels + vector * kVectorChannels;
+  source.offset_group = p.offset_group_of(source.channel);
+  source.plane = source.offset_group * p.taps() + tap;
+  source.tap_y = static_cast<float>(tap / p.kernel_w * p.dilation_h);
+  source.tap_x = static_cast<float>(tap % p.kernel_w * p.dilation_w);
+  return source;
 }
 
 template <typename T, bool kRaw>
@@ -70,8 +95,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                                int64_t ranges) {
   SHARED(uint4, grads, [kPixels][kOutputVectors]);
   SHARED(uint4, samples, [kSteps][kPixels][kStepVectors]);
+  SHARED(Source, sources, [kSteps][kStepVectors]);  // the divisions, once per block
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int output_tiles = static_cast<int>(ceil_div(p.out_channels, kOutputs));
+  const int output_tiles = static_cast<int>(output_tiles_of(p));
   int64_t block = blockIdx.x;
   const int first_step = static_cast<int>(block % step_blocks(p)) * kSteps;
   block /= step_blocks(p);
@@ -81,11 +107,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t begin = all_tiles * range / ranges, end = all_tiles * (range + 1) / ranges;
   int64_t n = begin / tiles, first_pixel = (begin - n * tiles) * kPixels;
 
-  const int pixels = static_cast<int>(p.pixels()), parts = p.channels / kStepChannels;
-  const int last_step = min(first_step + kSteps, steps_of(p));
+  const int pixels = static_cast<int>(p.pixels());
+  const int block_steps = min(kSteps, steps_of(p) - first_step);
   const int sampled_row = thread / kStepVectors, vector = thread % kStepVectors;
   const int own_step = warp / 2, own_half = warp % 2;
-  float sums[kRowTiles][kColumnTiles][4] = {};
+  if (thread < block_steps * kStepVectors) {
+    sources[sampled_row][vector] = make_source(p, first_step + sampled_row, vector);
+  }
+  __syncthreads();
+  float sums[kRowTiles][kColumnTiles][4] = {}, bias_sum = 0;
 
   for (int64_t tile = begin; tile < end; ++tile) {
     const T* grad_output = static_cast<const T*>(p.grad_output) + n * p.grad_output_stride[0];
@@ -107,30 +137,34 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float base_x = static_cast<float>((pixel - row * p.out_width) * p.stride_w - p.padding_w);
     const CoordinateOrigin origin = make_origin(p, n);
     const T* image = static_cast<const T*>(p.input) + n * p.input_stride[0];
-    for (int step = first_step; step < last_step; ++step) {
-      const int tap = step / parts, tap_row = tap / p.kernel_w;
-      const int channel = (step - tap * parts) * kStepChannels + vector * kVectorChannels;
-      const int offset_group = p.offset_group_of(channel);
+    for (int step = 0; step < block_steps; ++step) {
+      const Source source = sources[step][vector];
       const Position position = make_position(
-          base_y + static_cast<float>(tap_row * p.dilation_h),
-          base_x + static_cast<float>((tap - tap_row * p.kernel_w) * p.dilation_w),
-          load_coordinates<T, kRaw>(p, origin, pixel, offset_group, offset_group * p.taps() + tap));
+          base_y + source.tap_y, base_x + source.tap_x,
+          load_coordinates<T, kRaw>(p, origin, pixel, source.offset_group, source.plane));
       const int row_stride = static_cast<int>(p.input_stride[2]);
       const int column_stride = static_cast<int>(p.input_stride[3]);
       const Corners<4> corners =
           __all_sync(0xffffffffu, is_inner(p, position))
-              ? inner_corners<4>(position, image + channel, row_stride, column_stride)
-              : edge_corners<4>(p, position, image + channel, row_stride, column_stride);
+              ? inner_corners<4>(position, image + source.channel, row_stride, column_stride)
+              : edge_corners<4>(p, position, image + source.channel, row_stride, column_stride);
       uint32_t sample[4];
       blend<T>(corners, sample);
       // Past the end grad_output is 0, and so the sample must be: it could be NaN.
-      samples[step - first_step][sampled_row][place_of<kStepVectors>(sampled_row, vector)] =
+      samples[step][sampled_row][place_of<kStepVectors>(sampled_row, vector)] =
           active ? make_uint4(sample[0], sample[1], sample[2], sample[3]) : make_uint4(0, 0, 0, 0);
     }
     cp_async_wait<0>();
     __syncthreads();
 
-    if (first_step + own_step < last_step) {
+    if (first_step == 0) {  // of the blocks that read these grad_outputs one sums them up
+      const int output = thread % kOutputs;
+      for (int r = thread / kOutputs; r < kPixels; r += kThreads / kOutputs) {
+        const uint4& eight = grads[r][place_of<kOutputVectors>(r, output / kVectorChannels)];
+        bias_sum += to_accumulator(reinterpret_cast<const T*>(&eight)[output % kVectorChannels]);
+      }
+    }
+    if (own_step < block_steps) {
 #pragma unroll
       for (int first = 0; first < kPixels; first += 16) {
         uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
@@ -169,6 +203,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kOwnSums; ++i) {
     partials[i * kThreads + thread] = sums[i / (4 * kColumnTiles)][i / 4 % kColumnTiles][i % 4];
   }
+  if (first_step == 0) {
+    bias_partials_of(p, ranges)[block * kThreads + thread] = bias_sum;
+  }
 }
 
 // One thread per sum of the blocks of a range, which finds out what the kernel above summed there.
@@ -196,6 +233,31 @@ __global__ void __launch_bounds__(kThreads)
       from_accumulator<T>(sum);
 }
 
+// One thread per output channel.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    modulated_deform_conv2d_sum_tensor_core_bias_kernel(const ModulatedDeformConv2dParams p,
+                                                        int64_t ranges) {
+  const int64_t output = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (output >= p.out_channels) return;
+  const float* partials =
+      bias_partials_of(p, ranges) + output / kOutputs * kThreads + output % kOutputs;
+  float sum = 0;
+  for (int64_t range = 0; range < ranges; ++range) {
+    for (int i = 0; i < kThreads; i += kOutputs) {
+      sum += partials[range * output_tiles_of(p) * kThreads + i];
+    }
+  }
+  static_cast<T*>(p.grad_bias)[output] = from_accumulator<T>(sum);
+}
+
+template <typename T>
+int launch_bias_typed(const ModulatedDeformConv2dParams& p, void* stream) {
+  return launch(modulated_deform_conv2d_sum_tensor_core_bias_kernel<T>,
+                grid_of(ceil_div(p.out_channels, kThreads)), dim3(kThreads), 0, stream, p,
+                range_count(p));
+}
+
 template <typename T>
 int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
   const int64_t ranges = range_count(p), blocks = blocks_per_range(p);
@@ -215,12 +277,17 @@ bool weight_suits_tensor_cores(const ModulatedDeformConv2dParams& p) {
 }
 
 int64_t tensor_core_weight_partials(const ModulatedDeformConv2dParams& p) {
-  return range_count(p) * blocks_per_range(p) * kBlockSums;
+  return range_count(p) * (blocks_per_range(p) * kBlockSums + output_tiles_of(p) * kThreads);
 }
 
 int launch_backward_weight_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
   if (p.dtype == Dtype::kFloat16) return launch_typed<__half>(p, stream);
   return launch_typed<__nv_bfloat16>(p, stream);
+}
+
+int launch_backward_bias_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
+  if (p.dtype == Dtype::kFloat16) return launch_bias_typed<__half>(p, stream);
+  return launch_bias_typed<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace mafnet
