@@ -269,9 +269,9 @@ class DeformableConvLSTM(nn.Module):
             self.head_out = conv(channels, 27 * deform_groups)
             nn.init.zeros_(self.head_out.weight)
             nn.init.zeros_(self.head_out.bias)  # type: ignore[arg-type]
-            # One call aligns both states: channels [h, c], two groups, the offset groups repeated for each.
+            # One call aligns both states: channels [h, c], two groups, sampled at the same places.
             self.align = DeformAlign(
-                2 * channels, 2 * channels, groups=2, max_residue_magnitude=max_residue
+                2 * channels, 2 * channels, groups=2, max_residue_magnitude=max_residue, parts=2
             )
             self.align.init_identity()
 
@@ -323,9 +323,6 @@ class DeformableConvLSTM(nn.Module):
 
     def _align(self, h: Tensor, c: Tensor, raw: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         assert self.align is not None
-        third = raw.shape[1] // 3
-        offset, mask = raw.split([2 * third, third], 1)
-        raw = torch.cat([offset, offset, mask, mask], 1)
         states = self.align(torch.cat([h, c.to(h.dtype)], 1), raw, flow)
         h, c = states.chunk(2, 1)
         return h, c

@@ -109,6 +109,12 @@ def coordinates(op: str, argument: str, value: Tensor, input: Tensor) -> Tensor:
     return value.to(compute)  # loses nothing
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot read it; compiled code keeps what it met
+def tf32_is_allowed() -> bool:
+    """Whether fp32 products on CUDA may round to TF32: torch's setting for matrix products."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 @dataclass(frozen=True)
 class Functions:
     """The autograd Functions of an op, each applied to (*tensors, options)."""
@@ -190,7 +196,7 @@ def make_functions(
         @staticmethod
         def forward(*arguments: Any) -> Tensor:
             *tensors, options = arguments
-            return raw_forward(*tensors, *options)
+            return raw_forward(*tensors, *options, tf32_is_allowed())
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

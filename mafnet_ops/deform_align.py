@@ -131,7 +131,7 @@ _TENSORS = ("input", "raw", "flow_1", "flow_2", "weight", "bias")
 _OPTIONS = f"float max_residue_magnitude, {GEOMETRY_SCHEMA}, int parts"
 _library.LIBRARY.define(
     "deform_align_forward(Tensor input, Tensor raw, Tensor? flow_1, Tensor? flow_2, Tensor weight, "
-    f"Tensor? bias, {_OPTIONS}) -> Tensor"
+    f"Tensor? bias, {_OPTIONS}, bool allow_tf32=False) -> Tensor"
 )
 _library.LIBRARY.define(
     "deform_align_backward(Tensor grad_output, Tensor input, Tensor raw, Tensor? flow_1, "
@@ -238,11 +238,13 @@ class DeformAlign(ModulatedDeformConv2d):
         kernel_size: int = 3,
         groups: int = 1,
         max_residue_magnitude: float = 10.0,
+        parts: int = 1,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups
         )
         self.max_residue_magnitude = max_residue_magnitude
+        self.parts = parts
 
     def forward(
         self, input: Tensor, raw: Tensor, flow_1: Tensor | None = None, flow_2: Tensor | None = None
@@ -258,6 +260,7 @@ class DeformAlign(ModulatedDeformConv2d):
             self.stride,
             self.padding,
             self.dilation,
+            self.parts,
         )
 
     @torch.no_grad()

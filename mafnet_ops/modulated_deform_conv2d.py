@@ -108,7 +108,7 @@ def _check(
 _ARGUMENTS = ("input", "offset", "mask", "weight", "bias")
 _library.LIBRARY.define(
     "modulated_deform_conv2d_forward(Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
-    f"Tensor? bias, {GEOMETRY_SCHEMA}) -> Tensor"
+    f"Tensor? bias, {GEOMETRY_SCHEMA}, bool allow_tf32=False) -> Tensor"
 )
 _library.LIBRARY.define(
     "modulated_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor? mask, "
@@ -127,7 +127,7 @@ def _(
     mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *geometry: int,
+    *options: int,
 ) -> Tensor:
     return empty_like_input(input, (input.shape[0], weight.shape[0], *offset.shape[2:]))
 

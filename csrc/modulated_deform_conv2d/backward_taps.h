@@ -110,6 +110,14 @@ void scatter_tap(const ModulatedDeformConv2dParams& p, const RowRange rows, cons
   });
 }
 
+// Adds a twin's dots to those of the first.
+template <typename A>
+void add_dots(int count, const A (*from)[4], A (*to)[4]) {
+  for (int i = 0; i < count; ++i) {
+    for (int k = 0; k < 4; ++k) to[i][k] += from[i][k];
+  }
+}
+
 // grad[0..2] = of dy, dx and mask, from the dots of the corners. Those outside have dot 0, so that
 // the slopes of all cells are alike; at an integer that is the slope of the cell [n, n + 1).
 template <typename A>

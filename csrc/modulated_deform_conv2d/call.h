@@ -136,8 +136,9 @@ inline Call make_call(const char* op, const Tensor& input, const char* name, con
   return call;
 }
 
-inline Tensor run_forward(Call& call, const std::optional<Tensor>& bias) {
+inline Tensor run_forward(Call& call, const std::optional<Tensor>& bias, bool allow_tf32) {
   ModulatedDeformConv2dParams& p = call.params;
+  p.allow_tf32 = allow_tf32;
   if (bias.has_value()) {
     MAFNET_CHECK(bias->dim() == 1 && bias->size(0) == p.out_channels, call.op, "bias",
                  "shape (C_out,)", "shape " + shape_of(*bias));

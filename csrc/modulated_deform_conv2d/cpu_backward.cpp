@@ -9,6 +9,11 @@
 // matrix product over the pixels. Input and grad_input are held as [row][column][channel] of the
 // task's channels, a few rows beyond the band at most unless offsets are wild.
 //
+// The parts of the input that share offsets, twins, go through a task together: positions are
+// worked out once for all. Of raw offsets the gradients are multiplied by the activations' slopes;
+// those of the base flows are kept per offset group until all groups of a slice of the image are
+// there.
+//
 // No atomics. Pixels of grad_input sum up in the order of the blocks; grad_weight and grad_bias by
 // slots, fixed parts of the image, that are added in their order at the end. So the result has the
 // same bits whatever the number of threads and of bands.
@@ -28,6 +33,8 @@ constexpr int kMaxChannels = 64;
 constexpr int kMaxSlots = 32;
 constexpr int64_t kSlotBytes = 20 << 20;
 constexpr int64_t kSlotPixels = 768;  // at least: blocks are cut at the ends of slots
+// Of the base flows' gradients by offset group: an image that needs more goes in slices of bands.
+constexpr int64_t kFlowBytes = 4 << 20;
 // Of a band of grad_input in a task, at most where slots allow: in or near the second cache.
 constexpr int64_t kBandBytes = 4 << 20;
 
@@ -43,10 +50,17 @@ struct Backward {
 
   int columns_of(int segment) const { return segments[segment].stored * taps; }
 
+  // Rows of the image whose pieces a band owns, as its pixels.
+  int64_t first_pixel(const ModulatedDeformConv2dParams& p, int band) const {
+    return p.out_height * int64_t{band} * (slots / bands) / slots * p.out_width;
+  }
+
   int taps, slots, bands;
+  int slice;                    // bands between sums of the flows' gradients
   int out;                      // out channels of a group, padded
   int max_columns, max_stored;  // of a segment
-  std::vector<Segment> segments;
+  int twins;
+  std::vector<Segment> segments;            // of all twins, those of the first first
   std::vector<int64_t> weight_at, grad_at;  // where a segment begins in weight, in a slot
   std::vector<Piece> pieces;                // of an image, in order
   int64_t slot_size;
@@ -77,13 +91,24 @@ int bands_of(const ModulatedDeformConv2dParams& p, int slots, int stored) {
   return bands;
 }
 
+bool wants_flow(const ModulatedDeformConv2dParams& p) {
+  return p.raw.grad_flow[0] != nullptr || p.raw.grad_flow[1] != nullptr;
+}
+
+int slice_of(int bands, int64_t bytes) {
+  int slice = bands;
+  while (slice > 1 && bytes / bands * slice > kFlowBytes) slice /= 2;
+  return slice;
+}
+
 template <typename A>
 Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
     : taps(p.taps()),
       out(round_up(p.group_outputs(), kColumnPad)),
       max_columns(0),
       max_stored(0),
-      segments(make_segments(p, kMaxChannels)),
+      twins(twins_of(p)),
+      segments(make_segments(p, kMaxChannels / std::min(twins, kMaxChannels))),
       slot_size(0),
       weight(0),
       grad_weight(0),
@@ -99,7 +124,9 @@ Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
     max_stored = std::max(max_stored, segments[s].stored);
   }
   slots = slots_of(p, slot_size * sizeof(A));
-  bands = p.grad_input == nullptr ? slots : bands_of<A>(p, slots, max_stored);
+  bands = p.grad_input == nullptr ? slots : bands_of<A>(p, slots, max_stored * twins);
+  const int64_t flow_bytes = 2 * sizeof(A) * p.offset_groups * p.pixels();
+  slice = wants_flow(p) ? slice_of(bands, flow_bytes) : bands;
   for (int slot = 0; slot < slots; ++slot) {
     const int64_t end = p.out_height * (slot + int64_t{1}) / slots * p.out_width;
     for (int64_t first = p.out_height * int64_t{slot} / slots * p.out_width; first < end;
@@ -123,10 +150,11 @@ Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
 template <typename A>
 struct Scratch {
   explicit Scratch(const Backward<A>& f)
-      : columns(static_cast<size_t>(kMaxBlock) * round_up(f.max_columns, kRowPad)),
-        grad_columns(static_cast<size_t>(kMaxBlock) * round_up(f.max_columns, kColumnPad)),
-        grad_output(static_cast<size_t>(kMaxBlock) * f.out),
-        grad_weight(static_cast<size_t>(round_up(f.max_columns, kRowPad)) * f.out),
+      : columns(static_cast<size_t>(f.twins) * kMaxBlock * round_up(f.max_columns, kRowPad)),
+        grad_columns(static_cast<size_t>(f.twins) * kMaxBlock *
+                     round_up(f.max_columns, kColumnPad)),
+        grad_output(static_cast<size_t>(f.twins) * kMaxBlock * f.out),
+        grad_weight(static_cast<size_t>(f.twins) * round_up(f.max_columns, kRowPad) * f.out),
         grad_bias(f.out),
         zeros(f.max_stored),
         nowhere(f.max_stored),
@@ -134,13 +162,14 @@ struct Scratch {
         grad_window(0),
         grad_planes(0),
         plan(1) {}
-  Buffer<A> columns, grad_columns, grad_output, grad_weight;
-  Buffer<double> grad_bias;       // of a block
+  Buffer<A> columns, grad_columns, grad_output, grad_weight;  // of each twin
+  Buffer<double> grad_bias;                                   // of a block
   Buffer<A> zeros, nowhere;       // what is read, and written, in place of pixels outside
-  Buffer<A> window, grad_window;  // rows of input and of grad_input
+  Buffer<A> window, grad_window;  // rows of input and of grad_input, of each twin
   Buffer<A> grad_planes;          // of grad_offset and grad_mask, summed over several segments
   Buffer<Plan<A>> plan;
   alignas(64) A dots[kMaxBlock][4];  // of the four corners with grad_sample
+  alignas(64) A twin_dots[kMaxBlock][4];
   alignas(64) A grad[3][kMaxBlock];  // dy, dx, mask
 };
 
@@ -150,7 +179,9 @@ struct Task {
   const ModulatedDeformConv2dParams& p;
   Backward<A>& f;
   Scratch<A>& scratch;
-  const RowRange* ranges;  // by piece; null where there is one band
+  const RowRange* ranges;           // by piece; null where there is one band
+  A* grad_flow;                     // of the task's offset group: y, then x, as planes; or null
+  int64_t flow_first, flow_pixels;  // of such a plane
   int64_t n;
   int offset_group, band;
 
@@ -158,7 +189,8 @@ struct Task {
   int band_end() const { return static_cast<int>(int64_t{p.height} * (band + 1) / f.bands); }
   bool owns(const Piece& piece) const { return piece.slot / (f.slots / f.bands) == band; }
   bool needs_samples() const {
-    return p.grad_offset != nullptr || p.grad_mask != nullptr || p.grad_weight != nullptr;
+    return p.grad_offset != nullptr || p.grad_mask != nullptr || p.grad_weight != nullptr ||
+           grad_flow != nullptr;
   }
 };
 
@@ -179,9 +211,13 @@ void read_grad_output(const ModulatedDeformConv2dParams& p, const Block& b, int 
 template <typename A>
 Elements<void*> grad_plane(const Task<A>& t, int tap, int kind, int64_t pixel) {
   const ModulatedDeformConv2dParams& p = t.p;
-  const int64_t plane = (t.n * p.offset_groups + t.offset_group) * p.taps() + tap;
-  if (kind == 2) return {p.grad_mask, p.mask_dtype, plane * p.pixels() + pixel, 0, 1};
-  return {p.grad_offset, p.offset_dtype, (2 * plane + kind) * p.pixels() + pixel, 0, 1};
+  const int64_t in_image = int64_t{t.offset_group} * p.taps() + tap;
+  if (kind == 2) {
+    const int64_t plane = t.n * p.grad_mask_planes() + in_image;
+    return {p.grad_mask, p.mask_dtype, plane * p.pixels() + pixel, 0, 1};
+  }
+  const int64_t plane = t.n * p.grad_offset_planes() + 2 * in_image + kind;
+  return {p.grad_offset, p.offset_dtype, plane * p.pixels() + pixel, 0, 1};
 }
 
 // Where the sums of a plane over several segments begin; the owned pixels of a task follow each
@@ -197,126 +233,191 @@ struct Owned {
   bool summed;  // over several segments, before they are written
 };
 
+// Gradients of dy, dx and mask of a tap, from the dots, to where they belong.
 template <typename A>
-void backward_block(const Task<A>& t, int index, const Piece& piece, const Owned<A>& owned,
-                    const Source<A>& source, A* grad_input) {
+void store_grad_planes(const Task<A>& t, const Block& b, int tap, const Owned<A>& owned) {
   const ModulatedDeformConv2dParams& p = t.p;
-  const Segment& s = t.f.segments[index];
+  Scratch<A>& scratch = t.scratch;
+  const Plan<A>& plan = *scratch.plan.data();
+  combine_dots(b.count, plan, scratch.dots, scratch.grad);
+  if (t.grad_flow != nullptr) {
+    for (int kind = 0; kind < 2; ++kind) {
+      A* sum = t.grad_flow + kind * t.flow_pixels + b.first - t.flow_first;
+      for (int i = 0; i < b.count; ++i) sum[i] += scratch.grad[kind][i];
+    }
+  }
+  for (int kind = 0; kind < 3; ++kind) {
+    const Elements<void*> to = grad_plane(t, tap, kind, b.first);
+    if (to.data == nullptr) continue;
+    A* grad = scratch.grad[kind];
+    if (p.raw.used) {
+      for (int i = 0; i < b.count; ++i) grad[i] *= plan.slope[kind][i];
+    }
+    if (owned.summed) {
+      A* sum = summed_plane(t, tap, kind, b.first - owned.first, owned.pixels);
+      for (int i = 0; i < b.count; ++i) sum[i] += grad[i];
+    } else {
+      scatter_pixels(grad, 0, 1, b.count, to);
+    }
+  }
+}
+
+// Adds a block's grad_output, as rows, to the slot's grad_bias of a group.
+template <typename A>
+void add_grad_bias(const Task<A>& t, const Piece& piece, int group, const A* grad_output) {
+  const ModulatedDeformConv2dParams& p = t.p;
+  A* bias = t.f.grad_bias.data() + int64_t{piece.slot} * p.out_channels + group * p.group_outputs();
+  // The block by itself, in double: a long sum of floats one by one loses digits.
+  double* sum = t.scratch.grad_bias.data();
+  std::fill_n(sum, t.f.out, 0.0);
+  for (int i = 0; i < piece.count; ++i) {
+    for (int o = 0; o < t.f.out; ++o) sum[o] += grad_output[i * t.f.out + o];
+  }
+  for (int o = 0; o < p.group_outputs(); ++o) bias[o] += static_cast<A>(sum[o]);
+}
+
+// What a twin of a segment works on in a block.
+template <typename A>
+struct Twin {
+  int index;  // of its segment
+  Source<A> source;
+  A* grad_input;  // null: not wanted
+  A *columns, *grad_columns, *grad_output, *grad_weight;
+};
+
+template <typename A>
+void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
+                    const std::vector<Twin<A>>& twins) {
+  const ModulatedDeformConv2dParams& p = t.p;
+  const Segment& s = t.f.segments[twins[0].index];
   Scratch<A>& scratch = t.scratch;
   Plan<A>& plan = *scratch.plan.data();
   const Block b{t.n, piece.first, piece.count};
-  const int columns = t.f.columns_of(index);
+  const int columns = t.f.columns_of(twins[0].index);
   const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
   const bool mine = t.owns(piece);
-  read_grad_output(p, b, s.group, scratch.grad_output.data(), t.f.out);
-  multiply(Matrix<A>{scratch.grad_output.data(), t.f.out, 1},
-           t.f.weight.data() + t.f.weight_at[index], grad_row, b.count, p.group_outputs(), grad_row,
-           scratch.grad_columns.data(), grad_row, false);
+  for (const Twin<A>& twin : twins) {
+    const int group = t.f.segments[twin.index].group;
+    read_grad_output(p, b, group, twin.grad_output, t.f.out);
+    multiply(Matrix<A>{twin.grad_output, t.f.out, 1}, t.f.weight.data() + t.f.weight_at[twin.index],
+             grad_row, b.count, p.group_outputs(), grad_row, twin.grad_columns, grad_row, false);
+  }
   plan_block(p, b, plan);
   for (int k = 0; k < p.taps(); ++k) {
-    const A* grad = scratch.grad_columns.data() + k * s.stored;
-    plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
+    const int at = k * s.stored;
+    plan_tap(p, b, twins[0].source, s.slab % p.offset_groups * p.taps() + k, plan);
     if (mine && t.needs_samples()) {
-      gather_tap(p, b, source, plan, s.stored, scratch.zeros.data(), grad, grad_row,
-                 scratch.columns.data() + k * s.stored, row, scratch.dots);
-      combine_dots(b.count, plan, scratch.dots, scratch.grad);
-      for (int kind = 0; kind < 3; ++kind) {
-        const Elements<void*> to = grad_plane(t, k, kind, b.first);
-        if (to.data == nullptr) continue;
-        if (owned.summed) {
-          A* sum = summed_plane(t, k, kind, b.first - owned.first, owned.pixels);
-          for (int i = 0; i < b.count; ++i) sum[i] += scratch.grad[kind][i];
-        } else {
-          scatter_pixels(scratch.grad[kind], 0, 1, b.count, to);
-        }
+      for (const Twin<A>& twin : twins) {
+        const bool first = &twin == twins.data();
+        gather_tap(p, b, twin.source, plan, s.stored, scratch.zeros.data(), twin.grad_columns + at,
+                   grad_row, twin.columns + at, row, first ? scratch.dots : scratch.twin_dots);
+        if (!first) add_dots(b.count, scratch.twin_dots, scratch.dots);
       }
+      store_grad_planes(t, b, k, owned);
     }
-    if (p.grad_input != nullptr) {
-      scatter_tap(p, {t.band_begin(), t.band_end()}, b, grad_input, scratch.nowhere.data(),
-                  source.row_stride, source.column_stride, plan, s.stored, grad, grad_row);
+    if (p.grad_input == nullptr) continue;
+    for (const Twin<A>& twin : twins) {
+      scatter_tap(p, {t.band_begin(), t.band_end()}, b, twin.grad_input, scratch.nowhere.data(),
+                  twin.source.row_stride, twin.source.column_stride, plan, s.stored,
+                  twin.grad_columns + at, grad_row);
     }
   }
-  if (mine && p.grad_weight != nullptr) {
-    multiply(Matrix<A>{scratch.columns.data(), 1, row}, scratch.grad_output.data(), t.f.out,
-             columns, b.count, t.f.out, scratch.grad_weight.data(), t.f.out, true);
-  }
-  if (mine && p.grad_bias != nullptr && s.group_low == 0) {
-    A* bias =
-        t.f.grad_bias.data() + int64_t{piece.slot} * p.out_channels + s.group * p.group_outputs();
-    // The block by itself, in double: a long sum of floats one by one loses digits.
-    double* sum = scratch.grad_bias.data();
-    std::fill_n(sum, t.f.out, 0.0);
-    for (int i = 0; i < b.count; ++i) {
-      for (int o = 0; o < t.f.out; ++o) sum[o] += scratch.grad_output.data()[i * t.f.out + o];
+  for (const Twin<A>& twin : twins) {
+    if (mine && p.grad_weight != nullptr) {
+      multiply(Matrix<A>{twin.columns, 1, row}, twin.grad_output, t.f.out, columns, b.count,
+               t.f.out, twin.grad_weight, t.f.out, true);
     }
-    for (int o = 0; o < p.group_outputs(); ++o) bias[o] += static_cast<A>(sum[o]);
+    const Segment& of_twin = t.f.segments[twin.index];
+    if (mine && p.grad_bias != nullptr && of_twin.group_low == 0) {
+      add_grad_bias(t, piece, of_twin.group, twin.grad_output);
+    }
   }
 }
 
 // ---- one task
 
+// First channel of a segment in the image.
+template <typename A>
+int64_t channel_of(const Task<A>& t, const Segment& s) {
+  return int64_t{s.slab} * t.p.offset_group_channels() + s.low;
+}
+
 // Rows range of the channels of a segment, rewritten as [row][column][channel].
 template <typename A>
-void read_window(const Task<A>& t, const Segment& s, const RowRange& rows) {
+void read_window(const Task<A>& t, const Segment& s, const RowRange& rows, A* window) {
   const ModulatedDeformConv2dParams& p = t.p;
   const int64_t row_stride = int64_t{p.width} * s.stored;
-  t.scratch.window.resize((rows.high - rows.low) * row_stride, s.stored != s.channels);
-  const int64_t channel = int64_t{s.offset_group} * p.offset_group_channels() + s.low;
   for (int64_t y = rows.low; y < rows.high; ++y) {
     const int64_t first =
-        t.n * p.input_stride[0] + channel * p.input_stride[1] + y * p.input_stride[2];
+        t.n * p.input_stride[0] + channel_of(t, s) * p.input_stride[1] + y * p.input_stride[2];
     gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
-                  s.channels, t.scratch.window.data() + (y - rows.low) * row_stride,
-                  int64_t{s.stored});
+                  s.channels, window + (y - rows.low) * row_stride, int64_t{s.stored});
   }
 }
 
 template <typename A>
-void write_grad_input(const Task<A>& t, const Segment& s) {
+void write_grad_input(const Task<A>& t, const Segment& s, const A* grad_window) {
   const ModulatedDeformConv2dParams& p = t.p;
   const int64_t row_stride = int64_t{p.width} * s.stored;
-  const int64_t channel = int64_t{s.offset_group} * p.offset_group_channels() + s.low;
   for (int64_t y = t.band_begin(); y < t.band_end(); ++y) {
-    const int64_t first = t.n * p.grad_input_stride[0] + channel * p.grad_input_stride[1] +
+    const int64_t first = t.n * p.grad_input_stride[0] + channel_of(t, s) * p.grad_input_stride[1] +
                           y * p.width * p.grad_input_stride[2];
-    scatter_pixels(t.scratch.grad_window.data() + (y - t.band_begin()) * row_stride,
-                   int64_t{s.stored}, p.width, s.channels,
+    scatter_pixels(grad_window + (y - t.band_begin()) * row_stride, int64_t{s.stored}, p.width,
+                   s.channels,
                    {p.grad_input, p.dtype, first, p.grad_input_stride[2], p.grad_input_stride[1]});
   }
 }
 
-// Adds the task's grad_weight of a segment to its slot and begins anew.
+// Adds the task's grad_weight of the twins to the slot and begins anew.
 template <typename A>
-void flush_grad_weight(const Task<A>& t, int index, int slot) {
+void flush_grad_weight(const Task<A>& t, const std::vector<Twin<A>>& twins, int slot) {
   if (t.p.grad_weight == nullptr) return;
-  const int64_t size = int64_t{t.f.columns_of(index)} * t.f.out;
-  A* to = t.f.grad_weight.data() + slot * t.f.slot_size + t.f.grad_at[index];
-  A* from = t.scratch.grad_weight.data();
-  for (int64_t i = 0; i < size; ++i) to[i] += from[i];
-  std::fill_n(from, t.scratch.grad_weight.size(), A(0));
+  for (const Twin<A>& twin : twins) {
+    const int64_t size = int64_t{t.f.columns_of(twin.index)} * t.f.out;
+    A* to = t.f.grad_weight.data() + slot * t.f.slot_size + t.f.grad_at[twin.index];
+    for (int64_t i = 0; i < size; ++i) to[i] += twin.grad_weight[i];
+  }
+  std::fill_n(t.scratch.grad_weight.data(), t.scratch.grad_weight.size(), A(0));
 }
 
+// The rows of input that the pieces of a task touch.
+template <typename A>
+RowRange rows_of(const Task<A>& t) {
+  if (t.ranges == nullptr) return {0, t.p.height};
+  RowRange rows{t.p.height, 0};
+  for (size_t i = 0; i < t.f.pieces.size(); ++i) {
+    if (!t.owns(t.f.pieces[i])) continue;
+    rows = {std::min(rows.low, t.ranges[i].low), std::max(rows.high, t.ranges[i].high)};
+  }
+  return {rows.low, std::max(rows.low, rows.high)};
+}
+
+// A segment of the first twin, and those of the others at its side.
 template <typename A>
 void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
   const ModulatedDeformConv2dParams& p = t.p;
   const Segment& s = t.f.segments[index];
+  Scratch<A>& scratch = t.scratch;
   const int64_t row_stride = int64_t{p.width} * s.stored;
-  RowRange rows{0, p.height};
-  if (t.ranges != nullptr) {
-    rows = {p.height, 0};
-    for (size_t i = 0; i < t.f.pieces.size(); ++i) {
-      if (!t.owns(t.f.pieces[i])) continue;
-      rows = {std::min(rows.low, t.ranges[i].low), std::max(rows.high, t.ranges[i].high)};
-    }
-    rows.high = std::max(rows.low, rows.high);
-  }
-  if (t.needs_samples()) read_window(t, s, rows);
-  // Both begin at row 0, of which they hold some rows only.
-  const Source<A> source{t.scratch.window.data() - rows.low * row_stride, row_stride, s.stored};
-  A* grad_input = nullptr;
-  if (p.grad_input != nullptr) {
-    t.scratch.grad_window.resize((t.band_end() - t.band_begin()) * row_stride);
-    grad_input = t.scratch.grad_window.data() - t.band_begin() * row_stride;
+  const RowRange rows = rows_of(t);
+  const int64_t window_size = (rows.high - rows.low) * row_stride;
+  const int64_t grad_size = (t.band_end() - t.band_begin()) * row_stride;
+  if (t.needs_samples()) scratch.window.resize(t.f.twins * window_size, s.stored != s.channels);
+  if (p.grad_input != nullptr) scratch.grad_window.resize(t.f.twins * grad_size);
+  std::vector<Twin<A>> twins;
+  for (int64_t i = 0; i < t.f.twins; ++i) {
+    const int of_twin = index + static_cast<int>(i * (t.f.segments.size() / t.f.twins));
+    const auto part = [&](Buffer<A>& buffer) {
+      return buffer.data() + i * (buffer.size() / t.f.twins);
+    };
+    A* window = scratch.window.data() + i * window_size;
+    if (t.needs_samples()) read_window(t, t.f.segments[of_twin], rows, window);
+    // As if source and grad_input began at row 0, of which they hold some rows only.
+    const Source<A> source{window - rows.low * row_stride, row_stride, s.stored};
+    A* grad_input = scratch.grad_window.data() + i * grad_size - t.band_begin() * row_stride;
+    twins.push_back({of_twin, source, p.grad_input == nullptr ? nullptr : grad_input,
+                     part(scratch.columns), part(scratch.grad_columns), part(scratch.grad_output),
+                     part(scratch.grad_weight)});
   }
   int slot = -1;
   for (size_t i = 0; i < t.f.pieces.size(); ++i) {
@@ -325,32 +426,29 @@ void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
                          t.ranges[i].low < t.band_end() && t.ranges[i].high > t.band_begin();
     if (!t.owns(piece) && !reaches) continue;
     if (t.owns(piece) && piece.slot != slot) {
-      if (slot >= 0) flush_grad_weight(t, index, slot);
+      if (slot >= 0) flush_grad_weight(t, twins, slot);
       slot = piece.slot;
     }
-    backward_block(t, index, piece, owned, source, grad_input);
+    backward_block(t, piece, owned, twins);
   }
-  if (slot >= 0) flush_grad_weight(t, index, slot);
-  if (p.grad_input != nullptr) write_grad_input(t, s);
+  if (slot >= 0) flush_grad_weight(t, twins, slot);
+  for (int i = 0; i < t.f.twins && p.grad_input != nullptr; ++i) {
+    write_grad_input(t, t.f.segments[twins[i].index], scratch.grad_window.data() + i * grad_size);
+  }
 }
 
 template <typename A>
 void backward_task(const Task<A>& t) {
   const ModulatedDeformConv2dParams& p = t.p;
-  int segments = 0;
-  for (const Segment& s : t.f.segments) segments += s.offset_group == t.offset_group;
-  Owned<A> owned{-1, 0, segments > 1};
-  for (const Piece& piece : t.f.pieces) {
-    if (!t.owns(piece)) continue;
-    if (owned.first < 0) owned.first = piece.first;
-    owned.pixels += piece.count;
+  std::vector<int> mine;
+  for (size_t s = 0; s < t.f.segments.size() / t.f.twins; ++s) {
+    if (t.f.segments[s].slab % p.offset_groups == t.offset_group)
+      mine.push_back(static_cast<int>(s));
   }
+  const int64_t first = t.f.first_pixel(p, t.band);
+  const Owned<A> owned{first, t.f.first_pixel(p, t.band + 1) - first, mine.size() > 1};
   if (owned.summed) t.scratch.grad_planes.resize(3 * p.taps() * owned.pixels);
-  for (size_t s = 0; s < t.f.segments.size(); ++s) {
-    if (t.f.segments[s].offset_group == t.offset_group) {
-      backward_segment(t, static_cast<int>(s), owned);
-    }
-  }
+  for (const int s : mine) backward_segment(t, s, owned);
   for (int k = 0; k < p.taps() && owned.summed; ++k) {
     for (int kind = 0; kind < 3; ++kind) {
       const Elements<void*> to = grad_plane(t, k, kind, owned.first);
@@ -402,22 +500,56 @@ void sum_slots(const ModulatedDeformConv2dParams& p, const Backward<A>& f) {
   });
 }
 
+// grad_flow of some pixels: the offset groups' sums, planes of y and x, added in their order.
+template <typename A>
+void sum_flows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t first, int64_t pixels,
+               A* sums) {
+  for (int which = 0; which < 2; ++which) {
+    if (p.raw.grad_flow[which] == nullptr) continue;
+    int begin = 0, end = p.offset_groups;
+    while (p.raw.flow_of(begin, p.offset_groups) != which) ++begin;
+    while (p.raw.flow_of(end - 1, p.offset_groups) != which) --end;
+    torch::stable::parallel_for(0, 2, 1, [&](int64_t axis, int64_t stop) {
+      for (; axis < stop; ++axis) {
+        const auto plane = [&](int group) {
+          return sums + (int64_t{2} * group + 1 - axis) * pixels;  // x is channel 0
+        };
+        for (int group = begin + 1; group < end; ++group) {
+          for (int64_t i = 0; i < pixels; ++i) plane(begin)[i] += plane(group)[i];
+        }
+        scatter_pixels(
+            plane(begin), 1, static_cast<int>(pixels), 1,
+            {p.raw.grad_flow[which], p.raw.flow_dtype, 2 * (n * p.pixels() + first) + axis, 2, 1});
+      }
+    });
+  }
+}
+
 template <typename A>
 void backward(const ModulatedDeformConv2dParams& p) {
   Backward<A> f(p);
-  const bool banded = f.bands > 1;
+  const bool banded = f.bands > 1, with_flow = wants_flow(p);
   std::vector<RowRange> ranges(banded ? p.offset_groups * f.pieces.size() : 0);
+  Buffer<A> flow_sums(0);
   for (int64_t n = 0; n < p.batch; ++n) {
     if (banded) find_ranges(p, f, n, ranges.data());
-    torch::stable::parallel_for(
-        0, int64_t{p.offset_groups} * f.bands, 1, [&](int64_t begin, int64_t end) {
-          Scratch<A> scratch(f);
-          for (int64_t i = begin; i < end; ++i) {
-            const int g = static_cast<int>(i / f.bands), band = static_cast<int>(i % f.bands);
-            const RowRange* mine = banded ? ranges.data() + g * f.pieces.size() : nullptr;
-            backward_task(Task<A>{p, f, scratch, mine, n, g, band});
-          }
-        });
+    for (int low = 0; low < f.bands; low += f.slice) {
+      const int64_t first = f.first_pixel(p, low);
+      const int64_t pixels = f.first_pixel(p, low + f.slice) - first;
+      if (with_flow) flow_sums.resize(2 * p.offset_groups * pixels);
+      torch::stable::parallel_for(
+          0, int64_t{p.offset_groups} * f.slice, 1, [&](int64_t begin, int64_t end) {
+            Scratch<A> scratch(f);
+            for (int64_t i = begin; i < end; ++i) {
+              const int g = static_cast<int>(i / f.slice);
+              const int band = low + static_cast<int>(i % f.slice);
+              const RowRange* mine = banded ? ranges.data() + g * f.pieces.size() : nullptr;
+              A* grad_flow = with_flow ? flow_sums.data() + 2 * g * pixels : nullptr;
+              backward_task(Task<A>{p, f, scratch, mine, grad_flow, first, pixels, n, g, band});
+            }
+          });
+      if (with_flow) sum_flows(p, n, first, pixels, flow_sums.data());
+    }
   }
   sum_slots(p, f);
 }

@@ -32,14 +32,20 @@ template <typename A>
 struct Forward {
   explicit Forward(const ModulatedDeformConv2dParams& p);
 
+  // Of the channels of a chunk, its segments and weight in the next twin.
+  int next_segment() const { return static_cast<int>(segments.size()) / twins; }
+  int64_t next_row() const { return rows / twins; }
+
+  int twins;
   std::vector<Segment> segments;
-  std::vector<Chunk> chunks;
-  int block;               // pixels
-  int row;                 // of columns
-  int out;                 // out channels of a group, padded
-  Buffer<A> weight, bias;  // bias: [group][out]
+  std::vector<Chunk> chunks;  // of the first twin
+  int64_t rows;               // of the weight
+  int block;                  // pixels
+  int row;                    // of columns
+  int out;                    // out channels of a group, padded
+  Buffer<A> weight, bias;     // bias: [group][out]
   // With bfloat16 features and tiles: samples are rounded to bfloat16, as PyTorch's own convolution
-  // of them would be, and `tiles` is the weight of each chunk, from tiles_at on.
+  // of them would be, and `tiles` is the weight of each chunk and twin, from tiles_at on.
   bool in_bf16;
   Buffer<uint16_t> tiles;
   std::vector<int64_t> tiles_at;
@@ -47,12 +53,14 @@ struct Forward {
 
 template <typename A>
 Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
-    : segments(make_segments(p, p.channels)),
-      chunks(make_chunks(segments, p.taps())),
+    : twins(twins_of(p)),
+      segments(make_segments(p, p.channels)),
+      chunks(make_chunks(segments, next_segment(), p.taps())),
+      rows(segments.back().row + int64_t{segments.back().stored} * p.taps()),
       block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
       out(round_up(p.group_outputs(), kColumnPad)),
-      weight(static_cast<size_t>(chunks.back().row + chunks.back().depth) * out),
+      weight(static_cast<size_t>(rows) * out),
       bias(static_cast<size_t>(p.groups) * out),
       in_bf16(p.dtype == Dtype::kBFloat16 && has_bf16_tiles()),
       tiles(0) {
@@ -73,36 +81,41 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
     if (!in_bf16) return;
     int64_t size = 0;
     for (const Chunk& chunk : chunks) {
-      tiles_at.push_back(size);
-      size += int64_t{round_up(chunk.depth, kBf16Depth)} * out;
+      for (int twin = 0; twin < twins; ++twin) {
+        tiles_at.push_back(size);
+        size += int64_t{round_up(chunk.depth, kBf16Depth)} * out;
+      }
     }
     tiles.resize(size);
-    for (size_t i = 0; i < chunks.size(); ++i) {
-      pack_bf16(weight.data() + chunks[i].row * out, out, chunks[i].depth, out,
-                tiles.data() + tiles_at[i]);
+    for (size_t i = 0; i < tiles_at.size(); ++i) {
+      const Chunk& chunk = chunks[i / twins];
+      const int64_t first = chunk.row + static_cast<int64_t>(i % twins) * next_row();
+      pack_bf16(weight.data() + first * out, out, chunk.depth, out, tiles.data() + tiles_at[i]);
     }
   }
 }
 
-// Rows of an image as [offset group][row][column][channel], padded.
+// Rows of an image as [slab][row][column][channel], padded: a slab is an offset group of a part.
 template <typename A>
 struct Window {
   explicit Window(const ModulatedDeformConv2dParams& p)
-      : column_stride(round_up(p.offset_group_channels(), kChannelPad)),
+      : slabs(p.parts * p.offset_groups),
+        column_stride(round_up(p.offset_group_channels(), kChannelPad)),
         row_stride(int64_t{p.width} * column_stride),
         rows{0, 0},
         data(0) {}
 
+  int slabs;
   int64_t column_stride, row_stride;
   RowRange rows;
   Buffer<A> data;
 };
 
 template <typename A>
-Source<A> source_of(const Window<A>& window, int offset_group, int low) {
+Source<A> source_of(const Window<A>& window, int slab, int low) {
   const int64_t rows = window.rows.high - window.rows.low;
   // As if it began at row 0 of the image.
-  const A* data = window.data.data() + (offset_group * rows - window.rows.low) * window.row_stride;
+  const A* data = window.data.data() + (slab * rows - window.rows.low) * window.row_stride;
   return {data + low, window.row_stride, window.column_stride};
 }
 
@@ -111,16 +124,16 @@ void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange
                  Window<A>& window) {
   const int64_t count = rows.high - rows.low;
   window.rows = rows;
-  window.data.resize(p.offset_groups * count * window.row_stride,
+  window.data.resize(window.slabs * count * window.row_stride,
                      window.column_stride != p.offset_group_channels());
   torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
-      for (int64_t g = 0; g < p.offset_groups; ++g) {
+      for (int64_t slab = 0; slab < window.slabs; ++slab) {
         const int64_t first = n * p.input_stride[0] + (rows.low + y) * p.input_stride[2] +
-                              g * p.offset_group_channels() * p.input_stride[1];
+                              slab * p.offset_group_channels() * p.input_stride[1];
         gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
                       p.offset_group_channels(),
-                      window.data.data() + (g * count + y) * window.row_stride,
+                      window.data.data() + (slab * count + y) * window.row_stride,
                       window.column_stride);
       }
     }
@@ -131,7 +144,7 @@ void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange
 template <typename A>
 struct Scratch {
   Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
-      : columns(static_cast<size_t>(f.block) * f.row),
+      : columns(static_cast<size_t>(f.twins) * f.block * f.row),
         sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
         rounded(f.in_bf16 ? static_cast<size_t>(f.block) * round_up(f.row, kBf16Depth) : 0),
         zeros(round_up(p.offset_group_channels(), kChannelPad)),
@@ -176,7 +189,9 @@ template <typename A>
 void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, int64_t n,
                     int64_t first, int64_t end, const Window<A>& window, Scratch<A>& scratch) {
   Plan<A>& plan = *scratch.plan.data();
-  A* columns = scratch.columns.data();
+  const auto columns_of = [&](int twin) {
+    return scratch.columns.data() + int64_t{twin} * f.block * f.row;
+  };
   const int64_t sums_size = int64_t{f.block} * f.out;
   const auto sums_of = [&](int64_t block, int group) {
     return scratch.sums.data() + (block * p.groups + group) * sums_size;
@@ -201,22 +216,31 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
       int column = 0;
       for (int index = chunk.segment; index < chunk.segment + chunk.segments; ++index) {
         const Segment& s = f.segments[index];
-        const Source<A> source = source_of(window, s.offset_group, s.low);
+        const auto source = [&](int twin) {
+          return source_of(window, f.segments[index + twin * f.next_segment()].slab, s.low);
+        };
         for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
-          plan_tap(p, b, source, s.offset_group * p.taps() + k, plan);
-          sample(p, b, source, plan, s.stored, scratch.zeros.data(), columns + column, f.row);
+          plan_tap(p, b, source(0), s.slab % p.offset_groups * p.taps() + k, plan);
+          for (int twin = 0; twin < f.twins; ++twin) {
+            sample(p, b, source(twin), plan, s.stored, scratch.zeros.data(),
+                   columns_of(twin) + column, f.row);
+          }
         }
       }
-      if constexpr (std::is_same_v<A, float>) {
-        if (f.in_bf16) {
-          round_to_bf16(columns, f.row, b.count, chunk.depth, scratch.rounded.data());
-          multiply_bf16(scratch.rounded.data(), f.tiles.data() + f.tiles_at[c], b.count,
-                        chunk.depth, f.out, sums_of(block, chunk.group), f.out);
-          continue;
+      for (int twin = 0; twin < f.twins; ++twin) {
+        A* sums = sums_of(block, chunk.group + twin * (p.groups / f.twins));
+        if constexpr (std::is_same_v<A, float>) {
+          if (f.in_bf16) {
+            const uint16_t* tiles = f.tiles.data() + f.tiles_at[c * f.twins + twin];
+            round_to_bf16(columns_of(twin), f.row, b.count, chunk.depth, scratch.rounded.data());
+            multiply_bf16(scratch.rounded.data(), tiles, b.count, chunk.depth, f.out, sums, f.out);
+            continue;
+          }
         }
+        const A* weight = f.weight.data() + (chunk.row + twin * f.next_row()) * f.out;
+        multiply(Matrix<A>{columns_of(twin), f.row, 1}, weight, f.out, b.count, chunk.depth, f.out,
+                 sums, f.out, true);
       }
-      multiply(Matrix<A>{columns, f.row, 1}, f.weight.data() + chunk.row * f.out, f.out, b.count,
-               chunk.depth, f.out, sums_of(block, chunk.group), f.out, true);
     }
   }
   for (int64_t block = 0; block < blocks; ++block) {
@@ -258,7 +282,7 @@ template <typename A>
 void forward(const ModulatedDeformConv2dParams& p) {
   const Forward<A> f(p);
   Window<A> window(p);
-  const int64_t row_bytes = p.offset_groups * window.row_stride * sizeof(A);
+  const int64_t row_bytes = window.slabs * window.row_stride * sizeof(A);
   const bool whole = p.height * row_bytes <= kWindowBytes;
   // Half of the window for the rows right below a band, half for taps and offsets.
   const int64_t band =

@@ -1,6 +1,7 @@
 // The positions of a block's samples.
 #include <cmath>
 
+#include "modulated_deform_conv2d/activations.h"
 #include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
@@ -45,6 +46,46 @@ Planes planes_of(const ModulatedDeformConv2dParams& p, const Block& b, int plane
   return {{{p.offset, p.offset_dtype, dy, p.offset_stride[2], 1},
            {p.offset, p.offset_dtype, dx, p.offset_stride[2], 1},
            {p.mask, p.mask_dtype, mask, p.mask_stride[2], 1}}};
+}
+
+// Offset planes from raw ones: 0 is dy, 1 is dx. raw may be the plane itself.
+template <typename A>
+MAFNET_INLINE void activate_offsets(int count, A max_residue, const A* raw, const A* flow, A* value,
+                                    A* slope) {
+#pragma omp simd
+  for (int i = 0; i < round_up(count, kChunk); ++i) {
+    const auto tanh = tanh_of(raw[i]);
+    value[i] = max_residue * tanh.value + flow[i];
+    slope[i] = max_residue * tanh.slope;
+  }
+}
+
+template <typename A>
+MAFNET_INLINE void activate_mask(int count, const A* raw, A* value, A* slope) {
+#pragma omp simd
+  for (int i = 0; i < round_up(count, kChunk); ++i) {
+    const auto sigmoid = sigmoid_of(raw[i]);
+    value[i] = sigmoid.value;
+    slope[i] = sigmoid.slope;
+  }
+}
+
+// The flows of a block, channel by channel.
+template <typename A>
+void read_flows(const RawOffsets& raw, const Block& b, Plan<A>& plan) {
+  for (int which = 0; which < 2; ++which) {
+    for (int axis = 0; axis < 2; ++axis) {
+      A* to = plan.flow[which][axis];
+      if (raw.flow[which] == nullptr) {
+        std::fill_n(to, kMaxBlock, A(0));
+        continue;
+      }
+      const int64_t (&stride)[3] = raw.flow_stride[which];
+      const int64_t first = b.n * stride[0] + b.first * stride[1] + axis * stride[2];
+      gather_pixels({raw.flow[which], raw.flow_dtype, first, stride[1], 1}, b.count, 1, to,
+                    int64_t{1});
+    }
+  }
 }
 
 template <typename A>
@@ -100,6 +141,7 @@ MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, const So
 
 template <typename A>
 void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& plan) {
+  if (p.raw.used) read_flows(p.raw, b, plan);
   int64_t row = b.first / p.out_width;
   int column = static_cast<int>(b.first % p.out_width);
   for (int i = 0; i < b.count;) {
@@ -131,6 +173,16 @@ void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source
     for (int k = 0; k < (p.mask == nullptr ? 2 : 3); ++k) prefetch(next.at[k], b.count);
   }
   with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
+    if (p.raw.used) {
+      const A residue = static_cast<A>(p.raw.max_residue);
+      const auto& flow = plan.flow[p.raw.flow_of(plane / p.taps(), p.offset_groups)];
+      activate_offsets(b.count, residue, dy, flow[1], plan.planes[0], plan.slope[0]);
+      activate_offsets(b.count, residue, dx, flow[0], plan.planes[1], plan.slope[1]);
+      activate_mask(b.count, mask, plan.planes[2], plan.slope[2]);
+      dy = plan.planes[0];
+      dx = plan.planes[1];
+      mask = plan.planes[2];
+    }
     plan_positions(p, source, b.count, tap_y, tap_x, dy, dx, mask, plan);
   });
 }

@@ -19,11 +19,12 @@ constexpr int kChannelPad = 4;
 // Products per element of a matrix product: enough to pay for reading and writing the sums.
 constexpr int kDepth = 64;
 
-// The channels that an offset group and a group of the convolution share. They take `stored`
-// columns per tap: the padding of the offset group too, where the segment is all of it.
+// The channels that an offset group of a part and a group of the convolution share. They take
+// `stored` columns per tap: the padding of the offset group too, where the segment is all of it.
 struct Segment {
-  int offset_group, group;
-  int low;        // in the offset group
+  int slab;       // part * offset groups + offset group
+  int group;      // of the convolution
+  int low;        // in the slab
   int group_low;  // in the group
   int channels, stored;
   int64_t row;  // of the packed weight, where its columns of all taps begin
@@ -45,6 +46,12 @@ inline std::vector<Segment> make_segments(const ModulatedDeformConv2dParams& p, 
   return segments;
 }
 
+// Parts whose segments are those of the first, shifted: they can share a plan. Where groups cross
+// the parts, as if there were one.
+inline int twins_of(const ModulatedDeformConv2dParams& p) {
+  return p.groups % p.parts == 0 ? p.parts : 1;
+}
+
 // Some taps of some segments: a matrix product of depth `depth`, whose weight begins at row `row`.
 struct Chunk {
   int group, segment, segments, tap, taps;
@@ -52,10 +59,10 @@ struct Chunk {
   int64_t row;
 };
 
-// Cuts segments into chunks: several whole segments where they are small, else some taps of one.
-inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int taps) {
+// Cuts the first count segments into chunks: several whole ones where they are small, else some
+// taps of one.
+inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int count, int taps) {
   std::vector<Chunk> chunks;
-  const int count = static_cast<int>(segments.size());
   for (int s = 0; s < count;) {
     const int stored = segments[s].stored, group = segments[s].group;
     if (stored * taps < 2 * kDepth) {

@@ -41,6 +41,7 @@ struct ModulatedDeformConv2dParams {
   int kernel_h, kernel_w;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, offset_groups;
+  bool allow_tf32;  // CUDA: float samples and weights may be rounded to TF32 for their products
   // Equal parts of the channels of input, each of them cut into all offset groups: states that are
   // sampled at the same places.
   int parts = 1;

@@ -48,6 +48,10 @@ struct Plan {
   A weight[4][kMaxBlock];           // of (y, x) (y, x + 1) (y + 1, x) (y + 1, x + 1), times mask
   bool inside[kMaxBlock / kChunk];  // all cells of a chunk
   A planes[3][kMaxBlock];           // dy, dx and mask where they need converting
+  // Of raw offsets: the base flows (x, y), zero where there is none, and the derivatives of dy, dx
+  // and mask by their raw values.
+  A flow[2][2][kMaxBlock];
+  A slope[3][kMaxBlock];
 };
 
 // Where the pixels of a block begin; first of all for a block.

@@ -10,11 +10,16 @@ namespace mafnet {
 
 constexpr int kThreads = 256;  // of a block, in every kernel: 8 warps
 
-// An element of a tensor that holds T or, beside half-precision features, float.
-template <typename T>
-DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, int64_t at) {
-  if (is_feature_type) return to_accumulator(static_cast<const T*>(data)[at]);
-  return static_cast<Accumulator<T>>(static_cast<const float*>(data)[at]);
+// The element `at` of a tensor that holds T or, beside half-precision features, float. With a
+// 32-bit Index the whole address but its base is 32 bits, which saves half of its arithmetic.
+template <typename T, typename Index>
+DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, Index at) {
+  const auto* bytes = static_cast<const unsigned char*>(data);
+  if (is_feature_type) {
+    return to_accumulator(*reinterpret_cast<const T*>(bytes + at * Index{sizeof(T)}));
+  }
+  return static_cast<Accumulator<T>>(
+      *reinterpret_cast<const float*>(bytes + at * Index{sizeof(float)}));
 }
 
 // The same of a gradient.
@@ -36,13 +41,20 @@ struct Coordinates {
 
 // Where image n begins in offset, mask and flows.
 struct CoordinateOrigin {
-  int64_t offset, mask, flow[2];
+  const void *offset, *mask, *flow[2];
 };
 
+template <typename T>
 DEVICE CoordinateOrigin make_origin(const ModulatedDeformConv2dParams& p, int64_t n) {
-  return {n * p.offset_stride[0],
-          n * p.mask_stride[0],
-          {n * p.raw.flow_stride[0][0], n * p.raw.flow_stride[1][0]}};
+  const auto advance = [&](const void* data, Dtype dtype, int64_t stride) -> const void* {
+    const int64_t size = dtype == p.dtype ? sizeof(T) : sizeof(float);
+    return static_cast<const unsigned char*>(data) + n * stride * size;
+  };
+  // What is not there is null, and its strides are 0.
+  return {advance(p.offset, p.offset_dtype, p.offset_stride[0]),
+          advance(p.mask, p.mask_dtype, p.mask_stride[0]),
+          {advance(p.raw.flow[0], p.raw.flow_dtype, p.raw.flow_stride[0][0]),
+           advance(p.raw.flow[1], p.raw.flow_dtype, p.raw.flow_stride[1][0])}};
 }
 
 DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
@@ -54,15 +66,17 @@ DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dP
                                                     const CoordinateOrigin& origin, Index pixel,
                                                     int offset_group, Index plane) {
   using A = Accumulator<T>;
+  const auto stride = [](int64_t value) { return static_cast<Index>(value); };
   const bool is_t = p.offset_dtype == p.dtype;
-  const int64_t at = origin.offset + 2 * plane * p.offset_stride[1] + pixel * p.offset_stride[2];
+  const Index at = 2 * plane * stride(p.offset_stride[1]) + pixel * stride(p.offset_stride[2]);
   Coordinates<A> c;
-  c.dy = load_coordinate<T>(p.offset, is_t, at);
-  c.dx = load_coordinate<T>(p.offset, is_t, at + p.offset_stride[1]);
+  c.dy = load_coordinate<T>(origin.offset, is_t, at);
+  c.dx = load_coordinate<T>(origin.offset, is_t, at + stride(p.offset_stride[1]));
   c.mask = c.chain[0] = c.chain[1] = c.chain[2] = 1;
   if (kRaw || p.mask != nullptr) {
-    c.mask = load_coordinate<T>(p.mask, p.mask_dtype == p.dtype,
-                                origin.mask + plane * p.mask_stride[1] + pixel * p.mask_stride[2]);
+    c.mask =
+        load_coordinate<T>(origin.mask, p.mask_dtype == p.dtype,
+                           plane * stride(p.mask_stride[1]) + pixel * stride(p.mask_stride[2]));
   }
   if constexpr (kRaw) {
     const A reach = static_cast<A>(p.raw.max_residue), y = tanh(c.dy), x = tanh(c.dx);
@@ -73,12 +87,12 @@ DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dP
     c.dy = reach * y;
     c.dx = reach * x;
     const int i = p.raw.flow_of(offset_group, p.offset_groups);
-    if (p.raw.flow[i] != nullptr) {
+    const void* flow = i == 0 ? origin.flow[0] : origin.flow[1];
+    if (flow != nullptr) {
       const bool flow_is_t = p.raw.flow_dtype == p.dtype;
-      const int64_t flow_at =
-          (i == 0 ? origin.flow[0] : origin.flow[1]) + pixel * p.raw.flow_stride[i][1];
-      c.dy += load_coordinate<T>(p.raw.flow[i], flow_is_t, flow_at + p.raw.flow_stride[i][2]);
-      c.dx += load_coordinate<T>(p.raw.flow[i], flow_is_t, flow_at);
+      const Index flow_at = pixel * stride(p.raw.flow_stride[i][1]);
+      c.dy += load_coordinate<T>(flow, flow_is_t, flow_at + stride(p.raw.flow_stride[i][2]));
+      c.dx += load_coordinate<T>(flow, flow_is_t, flow_at);
     }
   }
   return c;
@@ -107,7 +121,7 @@ template <typename T, bool kRaw>
 DEVICE Sample<Accumulator<T>> make_sample(const ModulatedDeformConv2dParams& p,
                                           const OutputPixel& pixel, int offset_group, int tap) {
   using A = Accumulator<T>;
-  const auto c = load_coordinates<T, kRaw>(p, make_origin(p, pixel.n), pixel.index, offset_group,
+  const auto c = load_coordinates<T, kRaw>(p, make_origin<T>(p, pixel.n), pixel.index, offset_group,
                                            int64_t{offset_group} * p.taps() + tap);
   // The regular position is exact in integers; like the CPU, round it once and add the offset.
   const int64_t base_y =

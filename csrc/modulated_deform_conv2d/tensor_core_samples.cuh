@@ -30,28 +30,54 @@ DEVICE bool is_inner(const ModulatedDeformConv2dParams& p, const Position& s) {
          static_cast<unsigned>(s.column) < static_cast<unsigned>(p.width - 1);
 }
 
+// kWords words of channels, in reads of at most 16 bytes.
+template <int kWords>
+struct Words {
+  static constexpr int kOfRead = kWords < 4 ? kWords : 4, kReads = kWords / kOfRead;
+  Vector<uint32_t, kOfRead> read[kReads];
+
+  static DEVICE Words load(const unsigned char* address) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      words.read[i] =
+          load_vector<uint32_t, kOfRead>(reinterpret_cast<const uint32_t*>(address) + i * kOfRead);
+    }
+    return words;
+  }
+  DEVICE uint32_t at(int i) const { return read[i / kOfRead].at[i % kOfRead]; }
+};
+
 // The four corners of a sample of kWords words of channels, and their weights.
 template <int kWords>
 struct Corners {
-  Vector<uint32_t, kWords> value[4];
+  Words<kWords> value[4];
   float weight[4];
 };
 
-template <int kWords, typename T>
-DEVICE Vector<uint32_t, kWords> load_words(const T* address) {
-  return load_vector<uint32_t, kWords>(reinterpret_cast<const uint32_t*>(address));
-}
+// Where an image begins, where a lane's channels in it, and its strides, in bytes.
+struct Image {
+  const unsigned char* data;
+  uint32_t channels, row_stride, column_stride;
 
-template <int kWords, typename T>
-DEVICE Corners<kWords> inner_corners(const Position& s, const T* image, int row_stride,
-                                     int column_stride) {
-  const T* top = image + (s.row * row_stride + s.column * column_stride);
-  const T* bottom = top + row_stride;
+  DEVICE uint32_t at(int row, int column) const {
+    return static_cast<uint32_t>(row) * row_stride + static_cast<uint32_t>(column) * column_stride +
+           channels;
+  }
+  template <int kWords>
+  DEVICE Words<kWords> load(uint32_t at) const {
+    return Words<kWords>::load(data + at);
+  }
+};
+
+template <int kWords>
+DEVICE Corners<kWords> inner_corners(const Position& s, const Image& image) {
+  const uint32_t top = image.at(s.row, s.column), bottom = top + image.row_stride;
   Corners<kWords> c;
-  c.value[0] = load_words<kWords>(top);
-  c.value[1] = load_words<kWords>(top + column_stride);
-  c.value[2] = load_words<kWords>(bottom);
-  c.value[3] = load_words<kWords>(bottom + column_stride);
+  c.value[0] = image.load<kWords>(top);
+  c.value[1] = image.load<kWords>(top + image.column_stride);
+  c.value[2] = image.load<kWords>(bottom);
+  c.value[3] = image.load<kWords>(bottom + image.column_stride);
   const float low = (1 - s.part_y) * s.mask, high = s.part_y * s.mask;
   c.weight[0] = low * (1 - s.part_x);
   c.weight[1] = low * s.part_x;
@@ -60,54 +86,57 @@ DEVICE Corners<kWords> inner_corners(const Position& s, const T* image, int row_
   return c;
 }
 
-template <int kWords, typename T>
+template <int kWords>
 DEVICE Corners<kWords> edge_corners(const ModulatedDeformConv2dParams& p, const Position& s,
-                                    const T* image, int row_stride, int column_stride) {
+                                    const Image& image) {
   Sample<float> sample;
   sample.rows = sample_axis<Interpolation::kBilinear, float>(s.y, p.height, Padding::kZeros);
   sample.columns = sample_axis<Interpolation::kBilinear, float>(s.x, p.width, Padding::kZeros);
   Corners<kWords> c;
-  for_corners(sample, row_stride, column_stride, [&](int j, int k, bool inside, int64_t at) {
-    c.value[2 * j + k] = inside ? load_words<kWords>(image + at) : Vector<uint32_t, kWords>{};
-    c.weight[2 * j + k] = sample.rows.weight[j] * s.mask * sample.columns.weight[k];
-  });
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = sample.rows.index[i / 2], column = sample.columns.index[i % 2];
+    c.value[i] = {};
+    if (row >= 0 && column >= 0) c.value[i] = image.load<kWords>(image.at(row, column));
+    c.weight[i] = sample.rows.weight[i / 2] * s.mask * sample.columns.weight[i % 2];
+  }
   return c;
 }
 
-DEVICE float2 unpack(uint32_t pair, __half) {
+// A word's channels: two halves, or one float.
+template <typename T>
+constexpr int kOfWord = 4 / sizeof(T);
+
+DEVICE void unpack(uint32_t word, float (&channels)[2], __half) {
   __half2 v;
-  std::memcpy(&v, &pair, sizeof v);
-  return __half22float2(v);
+  std::memcpy(&v, &word, sizeof v);
+  const float2 both = __half22float2(v);
+  channels[0] = both.x;
+  channels[1] = both.y;
 }
-DEVICE float2 unpack(uint32_t pair, __nv_bfloat16) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+DEVICE void unpack(uint32_t word, float (&channels)[2], __nv_bfloat16) {
+  channels[0] = __uint_as_float(word << 16);
+  channels[1] = __uint_as_float(word & 0xffff0000u);
 }
-template <typename Pair>
-DEVICE uint32_t bits_of_pair(Pair pair) {
-  uint32_t bits;
-  std::memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-DEVICE uint32_t pack(float low, float high, __half) {
-  return bits_of_pair(__floats2half2_rn(low, high));
-}
-DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
-  return bits_of_pair(__floats2bfloat162_rn(low, high));
+DEVICE void unpack(uint32_t word, float (&channels)[1], float) {
+  channels[0] = __uint_as_float(word);
 }
 
-// The sample as pairs.
+// The samples of the corners' channels.
 template <typename T, int kWords>
-DEVICE void blend(const Corners<kWords>& c, uint32_t* sample) {
+DEVICE void blend(const Corners<kWords>& c, float* samples) {
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    float low = 0, high = 0;
+    float sums[kOfWord<T>] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float2 v = unpack(c.value[k].at[i], T());
-      low += c.weight[k] * v.x;
-      high += c.weight[k] * v.y;
+      float channels[kOfWord<T>];
+      unpack(c.value[k].at(i), channels, T());
+#pragma unroll
+      for (int j = 0; j < kOfWord<T>; ++j) sums[j] += c.weight[k] * channels[j];
     }
-    sample[i] = pack(low, high, T());
+#pragma unroll
+    for (int j = 0; j < kOfWord<T>; ++j) samples[i * kOfWord<T> + j] = sums[j];
   }
 }
 

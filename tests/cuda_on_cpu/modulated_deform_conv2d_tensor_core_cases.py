@@ -15,6 +15,7 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     packed_weight_bytes,
     poisoned,
 )
+from oracles import deform_conv2d_loop
 from tolerances import assert_same
 
 # What the tensor cores take. A block has 128 pixels, 8 warps of 16; a step 32 channels of one tap, its ring 4 stages; a
@@ -67,6 +68,26 @@ TENSOR_CORE_CASES = {
         float_mask=True,
     ),
 }
+
+
+def check_tf32(kernels: Kernels, case: Case) -> None:
+    """Samples and weights are each off by at most 2^-11 of themselves, and it shows."""
+    tensors = case.tensors(torch.float32)
+    actual = forward(kernels, case, tensors, order="random", allow_tf32=1).double()
+    exact = deform_conv2d_loop(*tensors, *case.geometry)
+    input, offset, mask, weight, bias = tensors
+    absolute = deform_conv2d_loop(
+        input.abs(),
+        offset,
+        mask,
+        weight.abs(),
+        None if bias is None else bias.abs(),
+        *case.geometry,
+    )
+    error, eps = (actual - exact).abs(), torch.finfo(torch.float32).eps
+    assert (error <= absolute * (2.0**-10 + 2.0**-22 + case.terms * eps)).all()
+    full = forward(kernels, case, tensors, order="random").double()
+    assert error.max() > 16 * (full - exact).abs().max()
 
 
 def check_wild_offsets_on_tensor_cores(
@@ -126,6 +147,7 @@ NOT_FOR_TENSOR_CORES: tuple[dict[str, Any], ...] = (
     {"channels_last": False},
     {"size": (0, 3), "padding": (2, 1)},
     {"size": (3, 0), "padding": (1, 2)},
+    {"batch": 65536, "kernel": (1, 1), "padding": (0, 0), "size": (1, 1)},
     {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
     {"stride": (1, 1 << 20), "padding": (1, 1 << 21)},
 )
@@ -136,7 +158,7 @@ def check_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None
     assert packed_weight_bytes(kernels, case, case.tensors(torch.float16)) > 0
     other = replace(case, **change)
     assert packed_weight_bytes(kernels, other, other.tensors(torch.float16)) == 0
-    assert packed_weight_bytes(kernels, case, case.tensors(torch.float32)) == 0
+    assert packed_weight_bytes(kernels, case, case.tensors(torch.float64)) == 0
 
 
 def check_strides_for_tensor_cores(kernels: Kernels) -> None:
@@ -163,7 +185,7 @@ def probe(kernels: Kernels) -> None:
         check_not_for_tensor_cores(kernels, change)
     check_slices_on_tensor_cores(kernels)
     check_strides_for_tensor_cores(kernels)
-    for dtype, offset_groups in ((torch.float16, 8), (torch.bfloat16, 16)):
+    for dtype, offset_groups in ((torch.float16, 8), (torch.bfloat16, 16), (torch.float32, 16)):
         check_wild_offsets_on_tensor_cores(kernels, dtype, offset_groups)
     for name in (
         "4 steps, 72 outputs, 129 pixels",
@@ -171,3 +193,5 @@ def probe(kernels: Kernels) -> None:
         "offset groups of 12 channels, 12 steps, no mask",
     ):
         check_forward(kernels, TENSOR_CORE_CASES[name], torch.float16, ("random",))
+    check_forward(kernels, TENSOR_CORE_CASES[name], torch.float32, ("random",))
+    check_tf32(kernels, TENSOR_CORE_CASES["4 steps, 72 outputs, 129 pixels"])

@@ -137,6 +137,17 @@ def _convolution_backward(tensors: list[Tensor]) -> tuple[object, ...]:
     return (grad, input, offset, mask, weight, *SAME_SIZE, *[True] * 5, False)
 
 
+def _align_forward(tensors: list[Tensor]) -> tuple[object, ...]:
+    input, raw, weight, bias, flow = tensors
+    return (input, raw, flow, None, weight, bias, 0.25, *SAME_SIZE, 1)
+
+
+def _align_backward(tensors: list[Tensor]) -> tuple[object, ...]:
+    input, raw, weight, _, flow = tensors
+    grad = input.new_ones((input.shape[0], weight.shape[0], *raw.shape[2:]))
+    return (grad, input, raw, flow, None, weight, 0.25, *SAME_SIZE, 1, *[True] * 6, False)
+
+
 SAME_SIZE = (1,) * 6  # stride, padding and dilation of a 3 x 3 kernel that keeps the size
 
 CONTRACTS = (
@@ -174,6 +185,7 @@ CONTRACTS = (
         terms=4 * 72,
         coordinates=(4,),
         batched=(0, 1, 4),
+        raw={"deform_align_forward": _align_forward, "deform_align_backward": _align_backward},
     ),
     Contract(
         "self_attention",

@@ -26,7 +26,7 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import DTYPES, OP, packed_weight_
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
-HALVES = (torch.float16, torch.bfloat16)
+TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FEW = ("two flows, 2 parts over 3 groups, half flow", "one flow, 65 pixels, 17 to 65 channels")
 all_cases = pytest.mark.parametrize("case", ALIGN_CASES.values(), ids=ALIGN_CASES.keys())
 tensor_core_cases = pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_forward(kernels: Kernels, case: AlignCase) -> None:
 
 
 @tensor_core_cases
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
 def test_forward_on_tensor_cores(kernels: Kernels, case: AlignCase, dtype: torch.dtype) -> None:
     tensors = case.tensors(dtype)
     of_case = options_of(case, tensors)

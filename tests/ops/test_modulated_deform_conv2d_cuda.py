@@ -41,6 +41,7 @@ from cuda_on_cpu.modulated_deform_conv2d_tensor_core_cases import (
     check_not_for_tensor_cores,
     check_slices_on_tensor_cores,
     check_strides_for_tensor_cores,
+    check_tf32,
     check_wild_offsets_on_tensor_cores,
 )
 from tolerances import assert_same
@@ -56,7 +57,7 @@ FEW = (
     "17 to 65 channels",
 )
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-HALVES = (torch.float16, torch.bfloat16)
+TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 tensor_core_cases = pytest.mark.parametrize(
     "case", TENSOR_CORE_CASES.values(), ids=TENSOR_CORE_CASES.keys()
 )
@@ -81,13 +82,13 @@ def test_forward(kernels: Kernels, case: Case) -> None:
 
 
 @tensor_core_cases
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
 def test_forward_on_tensor_cores(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
     assert packed_weight_bytes(kernels, case, case.tensors(dtype)) > 0
     check_forward(kernels, case, dtype, ("random",))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
 @pytest.mark.parametrize("offset_groups", [16, 32])
 def test_fragments_hold_the_channels_that_they_should(
     kernels: Kernels, dtype: torch.dtype, offset_groups: int
@@ -109,8 +110,20 @@ def test_fragments_hold_the_channels_that_they_should(
     tensors[1] = tensors[1] * 0
     order = torch.randperm(128, generator=torch.Generator().manual_seed(3))
     tensors[3] = torch.eye(128)[order].to(dtype).view(128, 128, 1, 1)
-    assert packed_weight_bytes(kernels, case, tensors) == 128 * 128 * 2
-    assert_same(forward(kernels, case, tensors), tensors[0][:, order])
+    if dtype != torch.float32:
+        assert packed_weight_bytes(kernels, case, tensors) == 128 * 128 * 2
+        assert_same(forward(kernels, case, tensors), tensors[0][:, order])
+        return
+    for bits, size, allow_tf32 in ((22, 8, 0), (11, 4, 1)):  # those that the products keep
+        tensors[0] = (tensors[0] * 2**bits).round() / 2**bits
+        options = {"allow_tf32": allow_tf32}
+        assert packed_weight_bytes(kernels, case, tensors, **options) == 128 * 128 * size
+        assert_same(forward(kernels, case, tensors, **options), tensors[0][:, order])
+
+
+@tensor_core_cases
+def test_forward_by_tf32(kernels: Kernels, case: Case) -> None:
+    check_tf32(kernels, case)
 
 
 @all_cases
@@ -145,6 +158,7 @@ def test_accesses(checked: Kernels, case: Case) -> None:
 )
 def test_accesses_on_tensor_cores(checked: Kernels, name: str) -> None:
     check_forward(checked, TENSOR_CORE_CASES[name], torch.bfloat16, ("random",))
+    check_forward(checked, TENSOR_CORE_CASES[name], torch.float32, ("random",))
 
 
 def test_weight_over_several_ranges_of_pixels(kernels: Kernels) -> None:
@@ -172,7 +186,7 @@ def test_nan_offset_gives_nan_there_and_only_there(
     check_nan_offset(kernels, dtype, axis, deterministic)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
 @pytest.mark.parametrize("offset_groups", [8, 16])
 def test_wild_offsets_on_tensor_cores(
     kernels: Kernels, dtype: torch.dtype, offset_groups: int

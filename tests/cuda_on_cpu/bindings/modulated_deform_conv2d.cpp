@@ -55,6 +55,7 @@ mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
   p.dilation_w = static_cast<int>(arguments.integer("dilation_w"));
   p.groups = static_cast<int>(input.shape[1] / weight.shape[1]);
   p.offset_groups = static_cast<int>(offset.shape[1] / (2 * p.taps()));
+  p.allow_tf32 = arguments.has("allow_tf32") && arguments.integer("allow_tf32") != 0;
   if (arguments.has("parts")) p.parts = static_cast<int>(arguments.integer("parts"));
   p.input = input.data;
   input.copy_strides(p.input_stride);
