@@ -117,40 +117,6 @@ DEVICE Cell make_cell(const ModulatedDeformConv2dParams& p, float y, float x, fl
   return cell;
 }
 
-// Offset or mask of an image, or their gradient, of T or float: the bytes from one plane and from
-// one pixel to the next, so that both types share their addresses.
-struct Planes {
-  const char* image;
-  bool is_feature_type;
-  int plane_stride;
-  unsigned pixel_stride;
-};
-
-template <typename T>
-DEVICE Planes make_planes(const void* data, bool is_feature_type, int64_t image,
-                          int64_t plane_stride, int64_t pixel_stride) {
-  const int64_t size = is_feature_type ? sizeof(T) : sizeof(float);
-  return {static_cast<const char*>(data) + image * size, is_feature_type,
-          static_cast<int>(plane_stride * size), static_cast<unsigned>(pixel_stride * size)};
-}
-
-DEVICE const char* address_of(const Planes& planes, int plane, int pixel) {
-  return planes.image + int64_t{plane} * planes.plane_stride +
-         static_cast<unsigned>(pixel) * planes.pixel_stride;
-}
-
-template <typename T>
-DEVICE float load_from(const Planes& planes, int plane, int pixel) {
-  const char* at = address_of(planes, plane, pixel);
-  return load_coordinate<T>(at, planes.is_feature_type, 0);
-}
-
-template <typename T>
-DEVICE void store_to(const Planes& planes, int plane, int pixel, float value) {
-  char* at = const_cast<char*>(address_of(planes, plane, pixel));
-  store_coordinate<T>(at, planes.is_feature_type, 0, value);
-}
-
 template <typename T>
 DEVICE float dot(const float (&a)[kVectorChannels], const Vector<uint32_t, 4>& b) {
   float sum = 0;
@@ -190,7 +156,7 @@ DEVICE void scatter(const ModulatedDeformConv2dParams& p, const Cell& cell,
   }
 }
 
-template <typename T, bool kHeld, bool kFixed>
+template <typename T, bool kHeld, bool kFixed, bool kRaw>
 __global__ void __launch_bounds__(kThreads, 2)
     modulated_deform_conv2d_backward_tensor_core_kernel(const ModulatedDeformConv2dParams p) {
   SHARED(uint4, ring, [kStages][kStageVectors]);
@@ -248,14 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   FixedPoint<float> fixed;
   if constexpr (kFixed) fixed = make_fixed_point<float>(p);
   const bool offset_is_t = p.offset_dtype == p.dtype, mask_is_t = p.mask_dtype == p.dtype;
-  const Planes offset = make_planes<T>(p.offset, offset_is_t, n * p.offset_stride[0],
-                                       p.offset_stride[1], p.offset_stride[2]);
-  const Planes masks =
-      make_planes<T>(p.mask, mask_is_t, n * p.mask_stride[0], p.mask_stride[1], p.mask_stride[2]);
-  const Planes grad_offset =
-      make_planes<T>(p.grad_offset, offset_is_t, n * p.grad_offset_planes() * pixels, pixels, 1);
-  const Planes grad_mask =
-      make_planes<T>(p.grad_mask, mask_is_t, n * p.grad_mask_planes() * pixels, pixels, 1);
+  const CoordinateOrigin origin = make_origin(p, n);
 
   int tap_row = 0, tap_column = 0;
   for (int tap = 0; tap < p.taps(); ++tap) {
@@ -268,12 +227,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int round = 0; round < deal.rounds; ++round) {
       const int group = deal.group_of(round, t), plane = group * p.taps() + tap;
       Cell cell[2];
+      Coordinates<float> coordinates[2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const float dy = load_from<T>(offset, 2 * plane, pixel[q]);
-        const float dx = load_from<T>(offset, 2 * plane + 1, pixel[q]);
-        const float mask = p.mask != nullptr ? load_from<T>(masks, plane, pixel[q]) : 1.0f;
-        cell[q] = make_cell(p, base_y[q] + tap_y + dy, base_x[q] + tap_x + dx, mask);
+        const Coordinates<float>& c = coordinates[q] =
+            load_coordinates<T, kRaw>(p, origin, pixel[q], group, plane);
+        cell[q] = make_cell(p, base_y[q] + tap_y + c.dy, base_x[q] + tap_x + c.dx, c.mask);
         if (!active[q]) cell[q].inside = 0;
       }
 
@@ -342,71 +301,71 @@ __global__ void __launch_bounds__(kThreads, 2)
         // is the slope of the cell [n, n + 1).
         const float (&d)[4] = dots[q];
         const float y = cell[q].part_y, x = cell[q].part_x, mask = cell[q].mask;
+        const float grad_y = mask * ((1 - x) * (d[2] - d[0]) + x * (d[3] - d[1]));
+        const float grad_x = mask * ((1 - y) * (d[1] - d[0]) + y * (d[3] - d[2]));
+        const Coordinates<float>& c = coordinates[q];
         if (p.grad_offset != nullptr) {
-          store_to<T>(grad_offset, 2 * plane, pixel[q],
-                      mask * ((1 - x) * (d[2] - d[0]) + x * (d[3] - d[1])));
-          store_to<T>(grad_offset, 2 * plane + 1, pixel[q],
-                      mask * ((1 - y) * (d[1] - d[0]) + y * (d[3] - d[2])));
+          const int64_t at = (n * p.grad_offset_planes() + 2 * plane) * pixels + pixel[q];
+          store_coordinate<T>(p.grad_offset, offset_is_t, at, grad_y * c.chain[0]);
+          store_coordinate<T>(p.grad_offset, offset_is_t, at + pixels, grad_x * c.chain[1]);
         }
         if (p.grad_mask != nullptr) {
-          store_to<T>(grad_mask, plane, pixel[q],
-                      (1 - y) * ((1 - x) * d[0] + x * d[1]) + y * ((1 - x) * d[2] + x * d[3]));
+          const float grad_mask =
+              (1 - y) * ((1 - x) * d[0] + x * d[1]) + y * ((1 - x) * d[2] + x * d[3]);
+          store_coordinate<T>(p.grad_mask, mask_is_t,
+                              (n * p.grad_mask_planes() + plane) * pixels + pixel[q],
+                              grad_mask * c.chain[2]);
+        }
+        if constexpr (kRaw) {
+          if (p.flow_partials != nullptr) {
+            float* sums = static_cast<float*>(p.flow_partials) +
+                          (n * p.offset_groups + group) * 2 * pixels + pixel[q];
+            sums[0] = grad_y + (tap > 0 ? sums[0] : 0);
+            sums[pixels] = grad_x + (tap > 0 ? sums[pixels] : 0);
+          }
         }
       }
     }
   }
 }
 
+// Offsets within an image, and up to two rows and columns beside it, fit into int.
 bool is_small(const ModulatedDeformConv2dParams& p) {
-  const auto reach = [](int64_t out, int64_t stride, int64_t padding, int64_t kernel,
-                        int64_t dilation) { return out * stride + padding + kernel * dilation; };
-  // Up to two rows and columns beside the image.
   const int64_t elements =
       (p.height + 2) * p.input_stride[2] + (p.width + 2) * p.input_stride[3] + p.channels;
   const int64_t grad_elements = (int64_t{p.height} + 2) * (p.width + 2) * p.channels;
-  // The offset of a pixel in a plane, in bytes.
-  const int64_t pixel_bytes = p.pixels() * std::max(p.offset_stride[2], p.mask_stride[2]) * 4;
-  const int64_t plane_bytes = std::max(p.offset_stride[1], p.mask_stride[1]) * 4;
-  return p.pixels() <= kMostElements - kPixels && p.height <= kMostPositions &&
-         p.width <= kMostPositions && elements <= kMostElements && grad_elements <= kMostElements &&
-         pixel_bytes <= kMostElements && plane_bytes <= kMostElements &&
-         reach(p.out_height, p.stride_h, p.padding_h, p.kernel_h, p.dilation_h) <= kMostPositions &&
-         reach(p.out_width, p.stride_w, p.padding_w, p.kernel_w, p.dilation_w) <= kMostPositions;
+  return std::max(elements, grad_elements) <= kMostElements;
 }
 
 bool takes(const ModulatedDeformConv2dParams& p) {
-  const bool has_type =
-      p.dtype == Dtype::kFloat16 || (p.dtype == Dtype::kBFloat16 && has_bfloat16_tensor_cores());
-  const bool has_channels = !p.raw.used && p.parts == 1 && p.groups == 1 &&
-                            p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
-                            p.offset_group_channels() % kVectorChannels == 0 &&
-                            p.out_channels % kVectorChannels == 0;
-  const bool has_layout =
-      p.input_stride[1] == 1 && p.grad_output_stride[1] == 1 &&
-      p.input_stride[0] % kVectorChannels == 0 && p.grad_output_stride[0] % kVectorChannels == 0 &&
-      is_aligned(p.input, p.input_stride[2], p.input_stride[3]) &&
-      is_aligned(p.grad_output, p.grad_output_stride[2], p.grad_output_stride[2]);
-  return has_type && has_channels && has_layout && p.height > 0 && p.width > 0 && is_small(p);
+  return p.parts == 1 && is_small(p) && backward_suits_tensor_cores(p);
 }
 
 int64_t stages(const ModulatedDeformConv2dParams& p) {
   return int64_t{p.taps()} * (p.channels / kStepChannels) * ceil_div(p.out_channels, kOutputs);
 }
 
-template <typename T, bool kFixed>
+template <typename T, bool kRaw>
+int launch_samples(const ModulatedDeformConv2dParams& p, void* stream) {
+  const bool held = p.out_channels <= kOutputs;
+  const auto kernel =
+      p.fixed_sums != nullptr
+          ? modulated_deform_conv2d_backward_tensor_core_kernel<T, false, true, kRaw>
+      : held ? modulated_deform_conv2d_backward_tensor_core_kernel<T, true, false, kRaw>
+             : modulated_deform_conv2d_backward_tensor_core_kernel<T, false, false, kRaw>;
+  return launch(kernel, grid_of(p.batch * ceil_div(p.pixels(), kPixels)), dim3(kThreads), 0, stream,
+                p);
+}
+
+template <typename T>
 int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
   int status = launch(modulated_deform_conv2d_backward_pack_weight_kernel<T>, grid_of(stages(p)),
                       dim3(kThreads), 0, stream, p);
+  if (status == 0 && p.fixed_sums != nullptr) status = launch_backward_exponents(p, stream);
   if (status != 0) return status;
-  if constexpr (kFixed) status = launch_backward_exponents(p, stream);
-  if (status != 0) return status;
-  const int64_t blocks = p.batch * ceil_div(p.pixels(), kPixels);
-  const auto kernel = p.out_channels <= kOutputs
-                          ? modulated_deform_conv2d_backward_tensor_core_kernel<T, true, kFixed>
-                          : modulated_deform_conv2d_backward_tensor_core_kernel<T, false, kFixed>;
-  status = launch(kernel, grid_of(blocks), dim3(kThreads), 0, stream, p);
-  if (status != 0) return status;
-  if constexpr (kFixed) status = launch_backward_add_fixed_sums(p, stream);
+  status = p.raw.used ? launch_samples<T, true>(p, stream) : launch_samples<T, false>(p, stream);
+  if (status == 0 && p.fixed_sums != nullptr) status = launch_backward_add_fixed_sums(p, stream);
+  if (status == 0 && p.flow_partials != nullptr) status = launch_backward_flow(p, stream);
   return status;
 }
 
@@ -418,13 +377,8 @@ int64_t modulated_deform_conv2d_backward_packed_weight_bytes(const ModulatedDefo
 
 int launch_backward_samples_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
   if (p.batch * p.pixels() == 0) return 0;
-  const bool fixed = p.fixed_sums != nullptr, half = p.dtype == Dtype::kFloat16;
-  if (fixed) {
-    return half ? launch_typed<__half, true>(p, stream)
-                : launch_typed<__nv_bfloat16, true>(p, stream);
-  }
-  return half ? launch_typed<__half, false>(p, stream)
-              : launch_typed<__nv_bfloat16, false>(p, stream);
+  if (p.dtype == Dtype::kFloat16) return launch_typed<__half>(p, stream);
+  return launch_typed<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace mafnet

@@ -10,9 +10,13 @@
 // kChannels channels.
 //
 // grad_bias: one block per output channel, whose threads stride over the pixels.
+//
+// Where weight_suits_tensor_cores, backward_weight_tensor_core.cu does it; grad_bias alone is made
+// here.
 #include <algorithm>
 
 #include "modulated_deform_conv2d/backward.cuh"
+#include "modulated_deform_conv2d/backward_weight_tensor_core.cuh"
 #include "modulated_deform_conv2d/sample.cuh"
 
 namespace mafnet {
@@ -181,12 +185,14 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t modulated_deform_conv2d_weight_partials(const ModulatedDeformConv2dParams& p) {
   if (weight_elements(p) == 0) return 0;
+  if (weight_suits_tensor_cores(p)) return tensor_core_weight_partials(p);
   return range_count(p) * weight_elements(p);
 }
 
 int launch_backward_weight(const ModulatedDeformConv2dParams& p, void* stream) {
   const int64_t elements = weight_elements(p);
   if (elements == 0) return 0;
+  if (weight_suits_tensor_cores(p)) return launch_backward_weight_tensor_core(p, stream);
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t ranges = range_count(p);
@@ -203,6 +209,9 @@ int launch_backward_weight(const ModulatedDeformConv2dParams& p, void* stream) {
 
 int launch_backward_bias(const ModulatedDeformConv2dParams& p, void* stream) {
   if (p.out_channels == 0) return 0;
+  if (p.grad_weight != nullptr && weight_suits_tensor_cores(p)) {
+    return launch_backward_bias_tensor_core(p, stream);
+  }
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch(modulated_deform_conv2d_backward_bias_kernel<T>, grid_of(p.out_channels),

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_on_cpu.deform_align_cases import AlignCase, check_align_backward
 from cuda_on_cpu.emulator import ORDERS, Kernels, emulate, why_not
 from cuda_on_cpu.modulated_deform_conv2d_backward_cases import (
+    BACKWARD_ALIGN_CASES,
     BACKWARD_CASES,
     check_each_gradient_alone,
     check_infinite_gradient,
@@ -59,6 +61,15 @@ def test_deterministic_gradients_have_the_same_bits_in_any_order(
     check_backward(kernels, case, dtype, ORDERS, deterministic=True)
 
 
+@pytest.mark.parametrize("case", BACKWARD_ALIGN_CASES.values(), ids=BACKWARD_ALIGN_CASES.keys())
+@halves
+@routes
+def test_gradients_of_raw_offsets(
+    kernels: Kernels, case: AlignCase, dtype: torch.dtype, deterministic: bool
+) -> None:
+    check_align_backward(kernels, case, dtype, ORDERS[1:], deterministic)
+
+
 @pytest.mark.parametrize(
     "name", ["3 vectors, 72 outputs, 129 pixels", "1 vector, 3x3, 64 outputs, 2 images"]
 )
@@ -66,6 +77,11 @@ def test_deterministic_gradients_have_the_same_bits_in_any_order(
 def test_accesses(checked: Kernels, name: str, deterministic: bool) -> None:
     """Races, bounds, uninitialised reads and unwritten outputs, which the checked build sees."""
     check_backward(checked, BACKWARD_CASES[name], torch.bfloat16, ("random",), deterministic)
+
+
+def test_accesses_with_raw_offsets(checked: Kernels) -> None:
+    case = BACKWARD_ALIGN_CASES["1 vector, two flows, 2 images"]
+    check_align_backward(checked, case, torch.bfloat16, ("random",))
 
 
 @halves
