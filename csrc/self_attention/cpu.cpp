@@ -4,12 +4,12 @@
 namespace mafnet {
 
 int launch_self_attention_forward(const SelfAttentionParams& p, void*) {
-  self_attention_forward_float(p);
+  (tiles_serve(p) ? self_attention_forward_tiles : self_attention_forward_float)(p);
   return 0;
 }
 
 int launch_self_attention_backward(const SelfAttentionParams& p, void*) {
-  self_attention_backward_float(p);
+  (tiles_serve(p) ? self_attention_backward_tiles : self_attention_backward_float)(p);
   return 0;
 }
 

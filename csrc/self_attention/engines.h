@@ -9,4 +9,9 @@ namespace mafnet {
 void self_attention_forward_float(const SelfAttentionParams& params);
 void self_attention_backward_float(const SelfAttentionParams& params);
 
+// Products in tile registers (AMX) where this CPU has them and the sizes and values suit them.
+bool tiles_serve(const SelfAttentionParams& params);
+void self_attention_forward_tiles(const SelfAttentionParams& params);
+void self_attention_backward_tiles(const SelfAttentionParams& params);
+
 }  // namespace mafnet

@@ -1,0 +1,241 @@
+// Tiles of bfloat16: packing and products.
+#include "self_attention/tiles.h"
+
+#if defined(MAFNET_HAS_TILES)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/simd.h"
+
+namespace mafnet {
+namespace {
+
+// The layout that the processor wants.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Upper half of the bits of the piece-th part of x: each part takes the next 8 digits.
+MAFNET_INLINE uint16_t piece_of(float x, int piece) {
+  uint32_t bits;
+  for (int i = 0;; ++i) {
+    std::memcpy(&bits, &x, sizeof(bits));
+    if (i == piece) return static_cast<uint16_t>(bits >> 16);
+    bits &= 0xffff0000;
+    float part;
+    std::memcpy(&part, &bits, sizeof(part));
+    x -= part;
+  }
+}
+
+// Calls body(i, piece) for `count` numbers, vectorized over them; one copy per piece.
+template <typename Body>
+MAFNET_INLINE void for_pieces(int piece, int count, const Body& body) {
+  if (piece == 0) {
+    for (int i = 0; i < count; ++i) body(i, 0);
+  } else if (piece == 1) {
+    for (int i = 0; i < count; ++i) body(i, 1);
+  } else {
+    for (int i = 0; i < count; ++i) body(i, 2);
+  }
+}
+
+// Depths at .. at + depth of a row of A are `piece` of from.
+MAFNET_INLINE void put_row(const float* from, int depth, int piece, int at, uint16_t* row) {
+  for (int d = 0; d < depth;) {
+    const int run = std::min(depth - d, kTileDepth - (at + d) % kTileDepth);
+    uint16_t* to = row + (at + d) / kTileDepth * kTileFactors + (at + d) % kTileDepth;
+    const float* source = from + d;
+    for_pieces(piece, run, [&](int i, int p) MAFNET_INLINE_LAMBDA {
+      to[i] = piece_of(source[i], p);
+    });
+    d += run;
+  }
+}
+
+// Depth `at` of all columns of B is `piece` of from.
+MAFNET_INLINE void put_line(const float* from, int columns, int piece, int at, uint16_t* to) {
+  const int across = columns / kTile;
+  uint16_t* line = to + int64_t{at / kTileDepth} * across * kTileFactors +
+                   at % kTileDepth / 2 * kTileDepth + at % 2;
+  for (int n = 0; n < across; ++n) {
+    for_pieces(piece, kTile, [&](int i, int p) MAFNET_INLINE_LAMBDA {
+      line[n * kTileFactors + 2 * i] = piece_of(from[n * kTile + i], p);
+    });
+  }
+}
+
+template <int kRows, int kColumns>  // 1 or 2 tiles
+MAFNET_TARGET_TILES void multiply_block(const TileMatrix& a, const TileMatrix& b, const Step* steps,
+                                        int count, const TileSums& c, bool add) {
+  // Sums are tiles 0 .. 3, A is 4 and 5, B is 6 and 7.
+  if (add) {
+    _tile_loadd(0, c.data, 64);
+    if constexpr (kColumns == 2) _tile_loadd(1, c.data + c.column, 64);
+    if constexpr (kRows == 2) _tile_loadd(2, c.data + c.row, 64);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c.data + c.row + c.column, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int s = 0; s < count; ++s) {
+    const uint16_t* left = a.data + steps[s].a * a.step;
+    const uint16_t* right = b.data + steps[s].b * b.step;
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kColumns == 2) {
+      _tile_loadd(7, right + b.along, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows == 2) {
+      _tile_loadd(5, left + a.along, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c.data, 64);
+  if constexpr (kColumns == 2) _tile_stored(1, c.data + c.column, 64);
+  if constexpr (kRows == 2) _tile_stored(2, c.data + c.row, 64);
+  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c.data + c.row + c.column, 64);
+}
+
+}  // namespace
+
+std::vector<Step> piece_pairs(int pieces) {
+  if (pieces == 1) return {{0, 0}};
+  if (pieces == 2) return {{1, 1}, {0, 1}, {1, 0}, {0, 0}};
+  return {{0, 2}, {2, 0}, {1, 1}, {0, 1}, {1, 0}, {0, 0}};
+}
+
+DepthPlan::DepthPlan(int depth, int pieces) {
+  const std::vector<Step> pairs = piece_pairs(pieces);
+  const auto tiles_of = [](int n) { return (n + kTileDepth - 1) / kTileDepth; };
+  if (depth < kTileDepth) {
+    for (const Step& pair : pairs) {
+      a_pieces.push_back(pair.a);
+      b_pieces.push_back(pair.b);
+    }
+    slot = depth;
+    tiles = tiles_of(depth * static_cast<int>(pairs.size()));
+    for (int t = 0; t < tiles; ++t) steps.push_back({t, t});
+  } else {
+    for (int i = 0; i < pieces; ++i) {
+      a_pieces.push_back(i);
+      b_pieces.push_back(i);
+    }
+    const int each = tiles_of(depth);
+    slot = each * kTileDepth;
+    tiles = each * pieces;
+    for (const Step& pair : pairs) {
+      for (int t = 0; t < each; ++t) steps.push_back({pair.a * each + t, pair.b * each + t});
+    }
+  }
+}
+
+std::vector<Step> token_steps(int tiles, int pieces) {
+  std::vector<Step> steps;
+  for (int t = 0; t < tiles; ++t) {
+    for (const Step& pair : piece_pairs(pieces)) {
+      steps.push_back({t * pieces + pair.a, t * pieces + pair.b});
+    }
+  }
+  return steps;
+}
+
+void pack_a(const float* from, int64_t stride, int rows, const DepthPlan& plan, int depth,
+            uint16_t* to) {
+  with_simd([&]() MAFNET_INLINE_LAMBDA {
+    for (int r = 0; r < rows; ++r) {
+      uint16_t* row = to + int64_t{r / kTile} * plan.tiles * kTileFactors + r % kTile * kTileDepth;
+      for (size_t s = 0; s < plan.a_pieces.size(); ++s) {
+        put_row(from + r * stride, depth, plan.a_pieces[s], static_cast<int>(s) * plan.slot, row);
+      }
+    }
+  });
+}
+
+void pack_b(const float* from, int64_t stride, int columns, const DepthPlan& plan, int depth,
+            uint16_t* to) {
+  with_simd([&]() MAFNET_INLINE_LAMBDA {
+    for (size_t s = 0; s < plan.b_pieces.size(); ++s) {
+      for (int d = 0; d < depth; ++d) {
+        const int at = static_cast<int>(s) * plan.slot + d;
+        put_line(from + d * stride, columns, plan.b_pieces[s], at, to);
+      }
+    }
+  });
+}
+
+void pack_a_tokens(const float* from, int64_t stride, int rows, int tokens, int pieces, int tiles,
+                   uint16_t* to) {
+  with_simd([&]() MAFNET_INLINE_LAMBDA {
+    for (int r = 0; r < rows; ++r) {
+      uint16_t* row = to + int64_t{r / kTile} * tiles * kTileFactors + r % kTile * kTileDepth;
+      for (int k = 0; k < tokens; k += kTileDepth) {
+        for (int i = 0; i < pieces; ++i) {
+          const int at = (k / kTileDepth * pieces + i) * kTileDepth;
+          put_row(from + r * stride + k, std::min(kTileDepth, tokens - k), i, at, row);
+        }
+      }
+    }
+  });
+}
+
+void pack_b_tokens(const float* from, int64_t stride, int tokens, int columns, int pieces,
+                   uint16_t* to) {
+  with_simd([&]() MAFNET_INLINE_LAMBDA {
+    for (int k = 0; k < tokens; ++k) {
+      for (int i = 0; i < pieces; ++i) {
+        const int at = (k / kTileDepth * pieces + i) * kTileDepth + k % kTileDepth;
+        put_line(from + k * stride, columns, i, at, to);
+      }
+    }
+  });
+}
+
+void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps, int count,
+                    int rows, int columns, const TileSums& c, bool add) {
+  for (int n = 0; n < columns; n += 2) {
+    const TileMatrix right{b.data + n * b.along, b.along, b.step};
+    for (int m = 0; m < rows; m += 2) {
+      const TileMatrix left{a.data + m * a.along, a.along, a.step};
+      const TileSums sums{c.data + m * c.row + n * c.column, c.row, c.column};
+      if (m + 1 < rows) {
+        if (n + 1 < columns) {
+          multiply_block<2, 2>(left, right, steps, count, sums, add);
+        } else {
+          multiply_block<2, 1>(left, right, steps, count, sums, add);
+        }
+      } else if (n + 1 < columns) {
+        multiply_block<1, 2>(left, right, steps, count, sums, add);
+      } else {
+        multiply_block<1, 1>(left, right, steps, count, sums, add);
+      }
+    }
+  }
+}
+
+MAFNET_TARGET_TILES void open_tiles() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = kTile;
+  }
+  // GCC 12 takes the instruction to read 8 bytes, and would leave the others unwritten.
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+MAFNET_TARGET_TILES void close_tiles() { _tile_release(); }
+
+}  // namespace mafnet
+
+#endif

@@ -1,0 +1,182 @@
+// From scores to weights, and to the gradient of the scores, in registers of 16 queries; what comes
+// out are factors for the next product, see tiles.h.
+#pragma once
+
+#include "self_attention/tiles.h"
+
+#if defined(MAFNET_HAS_TILES)
+
+#include <immintrin.h>
+
+#include <limits>
+
+#include "common/simd.h"
+
+// GCC 12 takes the undefined operands in its own headers for ours.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace mafnet {
+
+// 2^x for x <= 127, within 1 ulp; 0 below -100, so that no piece of a weight is denormal.
+MAFNET_TARGET_TILES inline __attribute__((always_inline)) __m512 power(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  // Of the relative error on [-1/2, 1/2] the largest is 2e-9.
+  __m512 y = _mm512_set1_ps(1.5403530393381609e-4f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558146428443e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291076284772e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504108664821580e-2f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022650695910072e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718055994531e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(counts, y, whole);  // NaN is not less
+}
+
+// Takes the first 8 digits off x and returns them.
+MAFNET_TARGET_TILES inline __attribute__((always_inline)) __m512i next_piece(__m512& x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i piece = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  x = _mm512_sub_ps(x, _mm512_castsi512_ps(piece));
+  return piece;
+}
+
+// A row of a tile of B from two tokens: pairs, the first in the lower halves.
+template <int kPieces>
+MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_pairs(__m512 first,
+                                                                          __m512 second,
+                                                                          uint16_t* to,
+                                                                          int64_t stride) {
+  if constexpr (kPieces == 1) {
+    const __m512i low = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(low, rounded));
+  } else {
+    for (int i = 0; i < kPieces; ++i) {
+      const __m512i a = next_piece(first), b = next_piece(second);
+      _mm512_storeu_si512(to + i * stride, _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
+    }
+  }
+}
+
+// A row of a tile of A from two vectors of 16 tokens.
+template <int kPieces>
+MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_row(__m512 first,
+                                                                        __m512 second,
+                                                                        uint16_t* to) {
+  if constexpr (kPieces == 1) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  } else {
+    const __m512i odd =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    for (int i = 0; i < kPieces; ++i) {
+      const __m512i a = next_piece(first), b = next_piece(second);
+      _mm512_storeu_si512(to + i * kTileFactors, _mm512_permutex2var_epi16(a, odd, b));
+    }
+  }
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Scores of 16 queries, a line for each of `keys` keys, and what was summed up for these queries
+// before.
+struct WeightsOf {
+  const float* score;
+  int keys;
+  float* out;
+  int lines;
+};
+
+// Weights exp((score - largest) * scale) as tiles of B over keys, from `to` on at `stride`. `sum`
+// grows by them; sum and out shrink where `largest` grows.
+template <int kPieces>
+MAFNET_TARGET_TILES void take_weights(const WeightsOf& of, float scale, float* largest, float* sum,
+                                      uint16_t* to, int64_t stride) {
+  __m512 most[4];
+  for (auto& m : most) m = _mm512_load_ps(largest);
+  for (int k = 0; k < of.keys; k += 4) {
+    for (int i = 0; i < 4; ++i) {
+      most[i] = _mm512_max_ps(_mm512_load_ps(of.score + (k + i) * kTile), most[i]);
+    }
+  }
+  const __m512 now = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
+  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  // Scores of -inf have the weight 0, also while there is no other.
+  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, none, _CMP_NEQ_UQ), now);
+  const __m512 before = _mm512_load_ps(largest);
+  __m512 total = _mm512_load_ps(sum);
+  if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ) != 0) {
+    const __m512 shrink = power(_mm512_mul_ps(_mm512_sub_ps(before, base), factor));
+    for (int d = 0; d < of.lines; ++d) {
+      float* line = of.out + d * kTile;
+      _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), shrink));
+    }
+    total = _mm512_mul_ps(total, shrink);
+    _mm512_store_ps(largest, now);
+  }
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int k = 0; k < of.keys; k += 2) {
+    __m512 weight[2];
+    for (int i = 0; i < 2; ++i) {
+      const __m512 score = _mm512_load_ps(of.score + (k + i) * kTile);
+      weight[i] = power(_mm512_mul_ps(_mm512_sub_ps(score, base), factor));
+      sums[i] = _mm512_add_ps(sums[i], weight[i]);
+    }
+    uint16_t* row = to + k / kTileDepth * kPieces * stride + k % kTileDepth / 2 * kTileDepth;
+    store_pairs<kPieces>(weight[0], weight[1], row, stride);
+  }
+  _mm512_store_ps(sum, _mm512_add_ps(total, _mm512_add_ps(sums[0], sums[1])));
+}
+
+// Scores and gradients of the weights of 32 queries, as lines of 16 for each key; the other half is
+// `half` numbers further on.
+struct GradientsOf {
+  const float *score, *grad_weight;
+  int64_t half;
+  int keys;
+  float scale;
+  const float *lse, *delta;
+};
+
+// Weights exp(score * scale - lse) and gradients of the scores as rows of A over queries, at
+// `stride` from 16 keys to the next; the latter also as tiles of B over keys, at `pair_stride`.
+template <int kPieces>
+MAFNET_TARGET_TILES void take_gradients(const GradientsOf& of, uint16_t* weights, uint16_t* grads,
+                                        int64_t stride, uint16_t* pairs, int64_t pair_stride) {
+  const __m512 scale = _mm512_set1_ps(of.scale), log2e = _mm512_set1_ps(kLog2E);
+  __m512 lse[2], delta[2];
+  for (int n = 0; n < 2; ++n) {
+    lse[n] = _mm512_loadu_ps(of.lse + n * kTile);
+    delta[n] = _mm512_loadu_ps(of.delta + n * kTile);
+  }
+  for (int k = 0; k < of.keys; k += 2) {
+    __m512 grad[2][2];
+    for (int i = 0; i < 2; ++i) {
+      __m512 weight[2];
+      for (int n = 0; n < 2; ++n) {
+        const int64_t at = n * of.half + (k + i) * kTile;
+        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(of.score + at), scale, lse[n]);
+        weight[n] = power(_mm512_mul_ps(x, log2e));
+        const __m512 slope = _mm512_sub_ps(_mm512_load_ps(of.grad_weight + at), delta[n]);
+        grad[n][i] = _mm512_mul_ps(weight[n], slope);
+      }
+      const int64_t row = (k + i) / kTile * stride + (k + i) % kTile * kTileDepth;
+      store_row<kPieces>(weight[0], weight[1], weights + row);
+      store_row<kPieces>(grad[0][i], grad[1][i], grads + row);
+    }
+    uint16_t* line = pairs + k / kTileDepth * kPieces * pair_stride + k % kTileDepth / 2 * kTileDepth;
+    for (int n = 0; n < 2; ++n) {
+      store_pairs<kPieces>(grad[n][0], grad[n][1], line + n * kTileFactors, pair_stride);
+    }
+  }
+}
+
+}  // namespace mafnet
+
+#endif

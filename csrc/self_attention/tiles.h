@@ -1,0 +1,77 @@
+// Matrix products of self_attention by tile registers (AMX): factors in bfloat16, sums in float, at
+// 16 times the products per clock of float vectors or more.
+//
+// Factors of more digits are sums of pieces of bfloat16, 8 bits each: one is a bfloat16 itself, two
+// are any half, three any float. A product then is the sum of the products of their pieces; those
+// below 2^-24 of it are left out.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MAFNET_HAS_TILES 1
+#define MAFNET_TARGET_TILES \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")))
+#endif
+
+namespace mafnet {
+
+// A tile is 1 kB, side by side: 16 rows of 32 factors of A; 16 rows of 16 columns of pairs of
+// factors of B, one above the other; 16 x 16 sums.
+constexpr int kTile = 16, kTileDepth = 32;
+constexpr int kTileFactors = kTile * kTileDepth, kTileSums = kTile * kTile;
+
+// Tiles of A or B of which the product of two is added to the sums.
+struct Step {
+  int a, b;
+};
+
+// Which pieces are multiplied, small ones first.
+std::vector<Step> piece_pairs(int pieces);
+
+// How a matrix is laid out along the depth that products sum over: its pieces follow each other, or
+// where the depth is small and tiles would be empty, one piece for each pair.
+struct DepthPlan {
+  DepthPlan(int depth, int pieces);
+  std::vector<int> a_pieces, b_pieces;  // slots, each `slot` deep
+  int slot, tiles;
+  std::vector<Step> steps;
+};
+
+// The same for depths of tokens: tile t of piece i is number t * pieces + i, so that the first
+// steps are those of the first tokens.
+std::vector<Step> token_steps(int tiles, int pieces);
+
+// From rows x depth numbers, row[i] at from + i * stride, to tiles of A: tile t of rows 16 m is
+// number m * tiles + t. The number of rows is that of `from`; what tiles have more stays.
+void pack_a(const float* from, int64_t stride, int rows, const DepthPlan& plan, int depth,
+            uint16_t* to);
+// From depth x columns numbers to tiles of B: tile t of columns 16 n is number t * columns / 16 + n.
+void pack_b(const float* from, int64_t stride, int columns, const DepthPlan& plan, int depth,
+            uint16_t* to);
+// The same with a depth of tokens, for token_steps. tiles: of A in a row.
+void pack_a_tokens(const float* from, int64_t stride, int rows, int tokens, int pieces, int tiles,
+                   uint16_t* to);
+void pack_b_tokens(const float* from, int64_t stride, int tokens, int columns, int pieces,
+                   uint16_t* to);
+
+// Tile (m, t) of A, or (t, n) of B, at data + m * along + t * step, in factors.
+struct TileMatrix {
+  const uint16_t* data;
+  int64_t along, step;
+};
+
+// Sums (m, n) at data + m * row + n * column.
+struct TileSums {
+  float* data;
+  int64_t row, column;
+};
+
+// C = A B, or += where add, for rows x columns tiles. Between open_tiles and close_tiles only.
+void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps, int count,
+                    int rows, int columns, const TileSums& c, bool add);
+void open_tiles();
+void close_tiles();
+
+}  // namespace mafnet
