@@ -32,7 +32,15 @@ MAFNET_INLINE PoolTaps<Pointer> taps_of(const PoolRows<Pointer>& rows, int x, in
   return taps;
 }
 
-// max[c], mean[c] of the taps. A NaN wins the maximum, as in PyTorch; the mean counts the padding.
+// if_larger where v beats best, else otherwise. A NaN beats all, as in PyTorch. Comparisons stay
+// apart: GCC takes vectors to pieces for their disjunction.
+template <typename V>
+MAFNET_INLINE V choose(const V& v, const V& best, const V& if_larger, const V& otherwise) {
+  const V if_not_larger = (v != v) ? if_larger : otherwise;
+  return (v > best) ? if_larger : if_not_larger;
+}
+
+// max[c], mean[c] of the taps; the mean counts the padding.
 template <typename L, typename A, typename Count>
 MAFNET_INLINE void pool_pixel(const PoolTaps<const A*>& taps, Count count, int channels, A* max,
                               A* mean) {
@@ -41,7 +49,7 @@ MAFNET_INLINE void pool_pixel(const PoolTaps<const A*>& taps, Count count, int c
     V best = load<V>(taps.at[0] + c), sum = best;
     for (int t = 1; t < count; ++t) {
       const V v = load<V>(taps.at[t] + c);
-      best = ((v > best) | (v != v)) ? v : best;
+      best = choose(v, best, v, best);
       sum += v;
     }
     store<V>(max + c, best);
@@ -77,9 +85,8 @@ MAFNET_INLINE void unpool_pixel(const PoolTaps<const A*>& taps, const PoolTaps<A
     V best = load<V>(taps.at[0] + c), winner = V{};
     for (int t = 1; t < taps.count; ++t) {
       const V v = load<V>(taps.at[t] + c), index = V{} + static_cast<A>(t);
-      const auto wins = (v > best) | (v != v);
-      best = wins ? v : best;
-      winner = wins ? index : winner;
+      winner = choose(v, best, index, winner);
+      best = choose(v, best, v, best);
     }
     const V max = load<V>(grad_max + c), mean = load<V>(grad_mean + c) / A{9}, none = V{};
     for (int t = 0; t < taps.count; ++t) {
