@@ -29,6 +29,8 @@ class NativeOp:
     """(grad_output, tensors, output, options, needs) -> a gradient per tensor; of no elements where not needed"""
     reference: Callable[..., Tensor]
     """As ``forward``, in differentiable PyTorch."""
+    tensors: int
+    """How many tensors, at most 4."""
     per_image: tuple[int, ...]
     """Positions of the tensors whose first dimension counts images; the others are parameters."""
 
@@ -41,15 +43,18 @@ def call(name: str, tensors: tuple[Optional, ...], options: Options = ()) -> Ten
     """Run the native op ``name``, differentiably."""
     # Dynamo refuses a Function with a custom jvp and has no use for one.
     function = _Forward if torch.compiler.is_compiling() else _ForwardWithJvp
-    return function.apply(name, options, *tensors)
+    return function.apply(name, options, *tensors, *(None,) * (4 - len(tensors)))
 
 
 class _Forward(torch.autograd.Function):
-    """(name, options, *tensors) -> output."""
+    """(name, options, four tensors or None) -> output. Dynamo tells a context by the number of arguments."""
 
     @staticmethod
-    def forward(name: str, options: Options, *tensors: Optional) -> Tensor:
-        return OPS[name].forward(*tensors, *options)
+    def forward(
+        name: str, options: Options, a: Optional, b: Optional, c: Optional, d: Optional
+    ) -> Tensor:
+        op = OPS[name]
+        return op.forward(*(a, b, c, d)[: op.tensors], *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -89,7 +94,10 @@ class _ForwardWithJvp(_Forward):
 def _run_backward(
     name: str, options: Options, needs: tuple[bool, ...], grad: Tensor, output: Tensor, *tensors: Optional
 ) -> tuple[Tensor, ...]:
-    return OPS[name].backward(grad, tensors, output, options, needs)
+    op = OPS[name]
+    used = op.tensors
+    grads = op.backward(grad, tensors[:used], output, options, needs[:used])
+    return (*grads, *(grad.new_empty(0) for _ in range(4 - used)))
 
 
 class _Backward(torch.autograd.Function):
@@ -159,7 +167,9 @@ def _reference(name: str, options: Options, present: list[bool]) -> Any:
 
     def function(*tensors: Tensor) -> Tensor:
         given = iter(tensors)
-        return OPS[name].reference(*(next(given) if there else None for there in present), *options)
+        op = OPS[name]
+        every = [next(given) if there else None for there in present]
+        return op.reference(*every[: op.tensors], *options)
 
     return function
 

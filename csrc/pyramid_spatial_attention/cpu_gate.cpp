@@ -7,34 +7,56 @@
 namespace mafnet {
 namespace {
 
+template <typename V>
+struct BitsOf {
+  typedef uint32_t type __attribute__((vector_size(sizeof(V))));
+};
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+
 constexpr int kBlock = 96;  // pixels whose rows of 64 channels fit the second cache several times
 
-// exp(x) to 2 units in the last place: 2^n by the bits of a float, e^r by a polynomial of degree 6
-// on |r| <= ln(2) / 2. Below -87 it is as good as 0, above 88.7 infinite.
-MAFNET_INLINE float exponential(float x) {
-  const float clamped = x > 89.0f ? 89.0f : x < -87.0f ? -87.0f : x;  // NaN stays
+// exp(x) to 2 units in the last place, V is float or a vector of floats: 2^n by the bits of a
+// float, e^r by a polynomial of degree 6 on |r| <= ln(2) / 2. From 89 on infinite, never below e^-87.
+template <typename V>
+MAFNET_INLINE V exponential(const V& x, float) {
+  using Bits = typename BitsOf<V>::type;
+  const V highest = V{} + 89.0f, lowest = V{} - 87.0f;
+  const V capped = (x > highest) ? highest : x;  // NaN stays
+  const V clamped = (capped < lowest) ? lowest : capped;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = clamped * 1.44269504f + kMagic;
-  const float n = shifted - kMagic;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float sum = 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
+  const V shifted = clamped * 1.44269504f + kMagic;
+  const V n = shifted - kMagic;
+  const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
+  V sum = r * (1.0f / 720) + 1.0f / 120;
   sum = sum * r + 1.0f / 24;
   sum = sum * r + 1.0f / 6;
   sum = sum * r + 0.5f;
   sum = sum * r * r + r + 1.0f;
-  int32_t bits;
+  Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  const uint32_t power = (static_cast<uint32_t>(bits) + 127u) << 23;
-  float scale;
-  std::memcpy(&scale, &power, sizeof(scale));
+  bits = (bits + 127u) << 23;
+  V scale;
+  std::memcpy(&scale, &bits, sizeof(bits));
   return sum * scale;
 }
-MAFNET_INLINE double exponential(double x) { return std::exp(x); }
 
-template <typename A>
-MAFNET_INLINE A sigmoid(A x) {
-  return A{1} / (A{1} + exponential(-x));
+template <typename V>
+MAFNET_INLINE V exponential(const V& x, double) {
+  if constexpr (std::is_same_v<V, double>) {
+    return std::exp(x);
+  } else {
+    V result = x;
+    for (size_t i = 0; i < sizeof(V) / sizeof(double); ++i) result[i] = std::exp(x[i]);
+    return result;
+  }
+}
+
+template <typename V, typename A>
+MAFNET_INLINE V sigmoid(const V& x, A accumulator) {
+  return A{1} / (A{1} + exponential<V>(-x, accumulator));
 }
 
 template <typename A>
@@ -100,16 +122,12 @@ void forward(const SpatialGateParams& p) {
           const A *masks = block.masks.data(), scale = gate.scale, slope = gate.slope;
           const int row = gate.row, channels = p.channels, count = block.count;
           const bool from_feature = p.from_feature;
-          with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-            for (int i = 0; i < count; ++i) {
-              const A* in = input.data + i * input.stride;
-              for (int c = 0; c < channels; ++c) {
-                const int at = i * row + c;
-                const A feature = out[at] > 0 ? out[at] : slope * out[at];
-                const A gated = sigmoid(from_feature ? feature : masks[at]) * scale;
-                out[at] = in[c] * gated + feature;
-              }
-            }
+          for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+            using V = typename decltype(type)::type;
+            const int at = i * row + c;
+            const V feature = leaky_relu(load<V>(out + at), slope);
+            const V gated = sigmoid(from_feature ? feature : load<V>(masks + at), A{}) * scale;
+            store<V>(out + at, load<V>(input.data + i * input.stride + c) * gated + feature);
           });
           write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
         }
@@ -147,22 +165,22 @@ void backward(const SpatialGateParams& p) {
       const A *masks = block.masks.data(), scale = gate.scale, slope = gate.slope;
       const bool from_feature = p.from_feature;
       // features become the gradients of what the activation got.
-      with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-        for (int i = 0; i < count; ++i) {
-          const A* in = input.data + i * input.stride;
-          const A* g = grad.data + i * grad.stride;
-          for (int c = 0; c < channels; ++c) {
-            const int at = i * row + c;
-            const A before = features[at], factor = before > 0 ? A{1} : slope;
-            const A gated = sigmoid(from_feature ? before * factor : masks[at]);
-            to_input[at] = g[c] * gated * scale;
-            const A to_gate = g[c] * in[c] * scale * (gated * (A{1} - gated));
-            features[at] = (from_feature ? g[c] + to_gate : g[c]) * factor;
-            to_mask[at] = from_feature ? A{0} : to_gate;
-          }
-          for (int c = channels; c < row; ++c) features[i * row + c] = to_mask[i * row + c] = 0;
-        }
+      for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+        using V = typename decltype(type)::type;
+        const int at = i * row + c;
+        const V in = load<V>(input.data + i * input.stride + c);
+        const V g = load<V>(grad.data + i * grad.stride + c), before = load<V>(features + at);
+        const V feature = leaky_relu(before, slope);
+        const V gated = sigmoid(from_feature ? feature : load<V>(masks + at), A{});
+        store<V>(to_input + at, g * gated * scale);
+        const V to_gate = g * in * scale * (gated * (A{1} - gated));
+        const V to_feature = from_feature ? g + to_gate : g, small = slope * to_feature;
+        store<V>(features + at, (before > V{}) ? to_feature : small);
+        store<V>(to_mask + at, from_feature ? V{} : to_gate);
       });
+      for (int i = 0; i < count; ++i) {  // what pads the channels
+        std::fill(features + i * row + channels, features + (i + 1) * row, A{0});
+      }
       if (need_weight) {
         const int64_t chunk = index / per_chunk;
         multiply(Matrix<A>{features, 1, row}, masks, row, channels, count, row,

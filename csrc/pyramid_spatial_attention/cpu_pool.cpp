@@ -58,7 +58,7 @@ void forward(const PyramidConvParams& p, bool pooled) {
           features.read(n, y, x, count, rows.data(), row);
           fill_rows(bias.data(), out, count, sums.data(), out);
           product.add(rows.data(), row, count, sums.data(), out, scratch.data());
-          activate(sums.data(), int64_t{count} * out, static_cast<A>(p.negative_slope));
+          activate(sums.data(), count, out, static_cast<A>(p.negative_slope));
           write_row(sums.data(), out, count, p.out_channels, p.output, n, y, x);
         }
       });

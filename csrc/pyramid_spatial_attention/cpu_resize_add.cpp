@@ -69,12 +69,10 @@ void apply(const ResizeAddParams& p, const Source& from, int from_width, const T
             read_row(*other, n, y, 0, width, p.channels, others.data(), p.channels);
         A* sums = pixels.data();
         const int channels = p.channels;
-        with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-          for (int x = 0; x < width; ++x) {
-            for (int c = 0; c < channels; ++c) {
-              sums[int64_t{x} * channels + c] += added.data[x * added.stride + c];
-            }
-          }
+        for_rows<A>(width, channels, [&](auto type, int x, int c) MAFNET_INLINE_LAMBDA {
+          using V = typename decltype(type)::type;
+          A* at = sums + int64_t{x} * channels + c;
+          store<V>(at, load<V>(at) + load<V>(added.data + x * added.stride + c));
         });
       }
       write_row(pixels.data(), p.channels, width, p.channels, to, n, y, 0);

@@ -144,13 +144,13 @@ class Strip {
   void finish() {
     A* sums = sums_.data();
     const A* bias = bias_;
+    const A slope = static_cast<A>(p_.negative_slope);
     const int count = columns_.size(), out = plan_.out;
-    with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-      for (int i = 0; i < count; ++i) {
-        for (int c = 0; c < out; ++c) sums[i * out + c] += bias[c];
-      }
+    for_rows<A>(count, out, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      A* at = sums + i * out + c;
+      store<V>(at, leaky_relu(load<V>(at) + load<V>(bias + c), slope));
     });
-    activate(sums, int64_t{count} * out, static_cast<A>(p_.negative_slope));
   }
 
   const PyramidConvParams& p_;

@@ -32,19 +32,21 @@ MAFNET_INLINE PoolTaps<Pointer> taps_of(const PoolRows<Pointer>& rows, int x, in
   return taps;
 }
 
-// max[c], mean[c] of the taps. A NaN wins the maximum, as in PyTorch; the mean counts the padding.
+// max[c], mean[c] of the taps. A NaN wins the maximum, as in PyTorch; it is kept apart, because GCC
+// takes vectors to pieces for the disjunction of two comparisons. The mean counts the padding.
 template <typename L, typename A, typename Count>
 MAFNET_INLINE void pool_pixel(const PoolTaps<const A*>& taps, Count count, int channels, A* max,
                               A* mean) {
   for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
     using V = typename decltype(type)::type;
-    V best = load<V>(taps.at[0] + c), sum = best;
+    V best = load<V>(taps.at[0] + c), sum = best, nan = V{};
     for (int t = 1; t < count; ++t) {
       const V v = load<V>(taps.at[t] + c);
-      best = ((v > best) | (v != v)) ? v : best;
+      best = (v > best) ? v : best;  // a NaN that comes first stays
+      nan = (v != v) ? v : nan;
       sum += v;
     }
-    store<V>(max + c, best);
+    store<V>(max + c, (nan != nan) ? nan : best);
     store<V>(mean + c, sum / A{9});
   });
 }
@@ -75,16 +77,20 @@ MAFNET_INLINE void unpool_pixel(const PoolTaps<const A*>& taps, const PoolTaps<A
   for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
     using V = typename decltype(type)::type;
     V best = load<V>(taps.at[0] + c), winner = V{};
+    const V none = V{} - A{1};
+    V nan = (best != best) ? winner : none;  // the last NaN
     for (int t = 1; t < taps.count; ++t) {
       const V v = load<V>(taps.at[t] + c), index = V{} + static_cast<A>(t);
-      const auto wins = (v > best) | (v != v);
-      best = wins ? v : best;
-      winner = wins ? index : winner;
+      winner = (v > best) ? index : winner;
+      best = (v > best) ? v : best;
+      nan = (v != v) ? index : nan;
     }
-    const V max = load<V>(grad_max + c), mean = load<V>(grad_mean + c) / A{9}, none = V{};
+    winner = (nan > none) ? nan : winner;
+    const V max = load<V>(grad_max + c), mean = load<V>(grad_mean + c) / A{9};
+    const V zero = V{};
     for (int t = 0; t < taps.count; ++t) {
       const V index = V{} + static_cast<A>(t);
-      const V part = mean + (winner == index ? max : none);
+      const V part = mean + ((winner == index) ? max : zero);
       store<V>(grads.at[t] + c, load<V>(grads.at[t] + c) + part);
     }
   });

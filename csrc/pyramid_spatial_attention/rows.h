@@ -145,12 +145,32 @@ void fill_rows(const A* bias, int columns, int count, A* rows, int64_t stride) {
   for (int i = 0; i < count; ++i) std::copy_n(bias, columns, rows + i * stride);
 }
 
-// values = leaky_relu(values)
+// leaky_relu of a vector, for a slope that is not negative.
+template <typename V, typename A>
+MAFNET_INLINE V leaky_relu(const V& v, A slope) {
+  const V small = slope * v;
+  return (v > V{}) ? v : small;
+}
+
+// Calls body(Type<V>{}, c) for vectors V of the channels 0 ... channels - 1 of rows 0 ... count - 1.
+template <typename A, typename Body>
+void for_rows(int count, int channels, const Body& body) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    for (int i = 0; i < count; ++i) {
+      for_channels<decltype(level), A>(
+          channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA { body(type, i, c); });
+    }
+  });
+}
+
+// rows = leaky_relu(rows)
 template <typename A>
-void activate(A* values, int64_t count, A slope) {
+void activate(A* rows, int count, int columns, A slope) {
   if (slope == A{1}) return;
-  with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) values[i] = values[i] > 0 ? values[i] : slope * values[i];
+  for_rows<A>(count, columns, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    A* at = rows + int64_t{i} * columns + c;
+    store<V>(at, leaky_relu(load<V>(at), slope));
   });
 }
 
@@ -159,12 +179,11 @@ void activate(A* values, int64_t count, A slope) {
 template <typename A>
 void activate_backward(const Row<A>& output, int count, int channels, A slope, A* grad,
                        int64_t stride) {
-  with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-    for (int i = 0; i < count; ++i) {
-      const A* out = output.data + i * output.stride;
-      A* g = grad + i * stride;
-      for (int c = 0; c < channels; ++c) g[c] = out[c] > 0 ? g[c] : slope * g[c];
-    }
+  for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    A* at = grad + i * stride + c;
+    const V g = load<V>(at), small = slope * g;
+    store<V>(at, (load<V>(output.data + i * output.stride + c) > V{}) ? g : small);
   });
 }
 
@@ -201,10 +220,9 @@ class Partials {
 
 template <typename A>
 void add_rows(const A* rows, int64_t stride, int count, int columns, A* sums) {
-  with_simd<A>([=]() MAFNET_INLINE_LAMBDA {
-    for (int i = 0; i < count; ++i) {
-      for (int c = 0; c < columns; ++c) sums[c] += rows[i * stride + c];
-    }
+  for_rows<A>(count, columns, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    store<V>(sums + c, load<V>(sums + c) + load<V>(rows + i * stride + c));
   });
 }
 
