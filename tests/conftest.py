@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, and torch.compile imports it too: Triton kernels run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _GPU_SKIPPED = pytest.StashKey[int]()
 
