@@ -362,8 +362,8 @@ int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
   if (status != 0) return status;
   status = p.raw.used ? launch_samples<T, true>(p, stream) : launch_samples<T, false>(p, stream);
   if (status == 0 && p.fixed_sums != nullptr) status = launch_backward_add_fixed_sums(p, stream);
-  if (status == 0 && p.flow_partials != nullptr) status = launch_backward_flow(p, stream);
-  return status;
+  if (status != 0) return status;
+  return launch_backward_flow(p, stream);  // of the flows that want one
 }
 
 }  // namespace
@@ -373,7 +373,6 @@ int64_t modulated_deform_conv2d_backward_packed_weight_bytes(const ModulatedDefo
 }
 
 int launch_backward_samples_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
-  if (p.batch * p.pixels() == 0) return 0;
   if (p.dtype == Dtype::kFloat16) return launch_typed<__half>(p, stream);
   return launch_typed<__nv_bfloat16>(p, stream);
 }

@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t n = begin / tiles, first_pixel = (begin - n * tiles) * kPixels;
 
   const int pixels = static_cast<int>(p.pixels());
+  const bool sums_bias = first_step == 0;
   const int block_steps = min(kSteps, steps_of(p) - first_step);
   const int sampled_row = thread / kStepVectors, vector = thread % kStepVectors;
   const int own_step = warp / 2, own_half = warp % 2;
@@ -125,9 +126,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int row = thread / kOutputVectors + i * (kThreads / kOutputVectors);
       const int column = thread % kOutputVectors, pixel = static_cast<int>(first_pixel) + row;
       const int output = first_output + column * kLaneChannels;
+      const bool valid = pixel < pixels && output < p.out_channels;
       cp_async16(&grads[row][place_of<kOutputVectors>(row, column)],
-                 grad_output + pixel * p.grad_output_stride[2] + output,
-                 pixel < pixels && output < p.out_channels);
+                 grad_output + pixel * p.grad_output_stride[2] + output, valid);
     }
     cp_async_commit();
 
@@ -162,7 +163,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     cp_async_wait<0>();
     __syncthreads();
 
-    if (first_step == 0) {  // of the blocks that read these grad_outputs one sums them up
+    // Of the blocks that read these grad_outputs one sums them up.
+    if (sums_bias) {
       const int output = thread % kOutputs;
       for (int r = thread / kOutputs; r < kPixels; r += kThreads / kOutputs) {
         const uint4& eight = grads[r][place_of<kOutputVectors>(r, output / kLaneChannels)];

@@ -61,11 +61,12 @@ inline bool suits_tensor_cores(const ModulatedDeformConv2dParams& p, int run) {
   return has_channels && has_layout && p.height > 0 && p.width > 0 && is_small(p);
 }
 
-// Those of the backward.
+// Those of the backward, which has none for a batch without pixels.
 inline bool backward_suits_tensor_cores(const ModulatedDeformConv2dParams& p) {
   const bool has_type =
       p.dtype == Dtype::kFloat16 || (p.dtype == Dtype::kBFloat16 && has_bfloat16_tensor_cores());
-  return has_type && suits_tensor_cores(p, kLaneChannels) && p.grad_output_stride[1] == 1 &&
+  return has_type && suits_tensor_cores(p, kLaneChannels) && p.batch * p.pixels() > 0 &&
+         p.grad_output_stride[1] == 1 &&
          is_aligned(p.grad_output, p.grad_output_stride[0], p.grad_output_stride[2]);
 }
 

@@ -54,7 +54,14 @@ _POSITION = "saves a position that is there already"
 DEFORM_IDLE = {
     **{
         (f"{file}.cu", "status != 0"): _NO_FAILURE
-        for file in ("backward", "backward_weight", "backward_fixed_point", "forward_tensor_core")
+        for file in (
+            "backward",
+            "backward_weight",
+            "backward_fixed_point",
+            "forward_tensor_core",
+            "backward_tensor_core",
+            "backward_weight_tensor_core",
+        )
     },
     **{
         (f"{file}.cu", "offset_group != sampled_group"): _POSITION
@@ -67,20 +74,36 @@ DEFORM_IDLE = {
     ("backward_fixed_point.cu", "threadIdx.x == 0"): "saves maxima of the same number",
     ("backward_fixed_point.cu", "channels_last"): "the order in which a maximum is taken",
     ("forward_tensor_core.cu", "has_bfloat16_tensor_cores()"): "the emulator has them",
+    ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
+    ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
     **{
-        ("forward_tensor_core.cu", limit): _LARGE
+        ("tensor_core.cuh", limit): _LARGE
         for limit in (
-            "p.pixels() <= kMostElements - kPixels",
+            "coordinates_fit",
+            "fits(2 * planes, pixels, offset[1], offset[2], p.offset_dtype)",
+            "fits(planes, pixels, mask[1], mask[2], p.mask_dtype)",
+            *(
+                f"fits(2, pixels, p.raw.flow_stride[{i}][2], p.raw.flow_stride[{i}][1], p.raw.flow_dtype)"
+                for i in (0, 1)
+            ),
+            "fits(p.height, columns, p.input_stride[2], 1, p.dtype)",
+            "p.batch <= kMostImages",
+            "pixels <= kMostPixels",
             "p.height <= kMostPositions",
             "p.width <= kMostPositions",
-            "elements <= kMostElements",
         )
     },
-    ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
+    **{
+        ("tensor_core.cuh", some): "the strides of an empty array are 0 here"
+        for some in ("p.height > 0", "p.width > 0", "p.batch * p.pixels() > 0")
+    },
     (
-        "forward_tensor_core.cu",
-        "p.out_channels % kVectorChannels == 0",
-    ): "else a dense output is not aligned",
+        "tensor_core.cuh",
+        "p.out_channels % kLaneChannels == 0",
+    ): "else neither a dense output nor grad_output is aligned",
+    ("backward_tensor_core.cu", "is_grad_small"): _LARGE,
+    ("backward_tensor_core.cu", "status == 0"): _NO_FAILURE,
+    ("backward_weight_tensor_core.cu", "sums_bias"): "saves sums that nobody stores",
     (
         "forward_tensor_core.cu",
         "is_aligned(p.output, p.output_stride[0], p.output_stride[2])",
