@@ -192,8 +192,7 @@ int launch_samples(const ModulatedDeformConv2dParams& p, void* stream) {
     return p.raw.used ? launch_samples_typed<T, true>(p, stream)
                       : launch_samples_typed<T, false>(p, stream);
   });
-  if (status != 0 || p.flow_partials == nullptr) return status;
-  return launch_backward_flow(p, stream);
+  return status != 0 ? status : launch_backward_flow(p, stream);
 }
 
 }  // namespace

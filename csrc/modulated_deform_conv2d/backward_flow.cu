@@ -41,13 +41,13 @@ int launch_backward_flow(const ModulatedDeformConv2dParams& p, void* stream) {
   if (blocks == 0) return 0;
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    int status = 0;
-    for (int flow = 0; flow < 2 && status == 0; ++flow) {
-      if (p.raw.grad_flow[flow] == nullptr) continue;
-      status = launch(modulated_deform_conv2d_backward_flow_kernel<T>, grid_of(blocks),
-                      dim3(kThreads), 0, stream, p, flow);
-    }
-    return status;
+    const auto sum = [&](int flow) {
+      if (p.raw.grad_flow[flow] == nullptr) return 0;
+      return launch(modulated_deform_conv2d_backward_flow_kernel<T>, grid_of(blocks),
+                    dim3(kThreads), 0, stream, p, flow);
+    };
+    const int status = sum(0);
+    return status != 0 ? status : sum(1);
   });
 }
 

@@ -2,6 +2,7 @@
 // group, in reads of at most 16 bytes. Coordinates and weights are float.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "modulated_deform_conv2d/sample.cuh"
@@ -33,7 +34,7 @@ DEVICE bool is_inner(const ModulatedDeformConv2dParams& p, const Position& s) {
 // kWords words of channels, in reads of at most 16 bytes.
 template <int kWords>
 struct Words {
-  static constexpr int kOfRead = kWords < 4 ? kWords : 4, kReads = kWords / kOfRead;
+  static constexpr int kOfRead = std::min(kWords, 4), kReads = kWords / kOfRead;
   Vector<uint32_t, kOfRead> read[kReads];
 
   static DEVICE Words load(const unsigned char* address) {

@@ -69,7 +69,8 @@ DEFORM_IDLE = {
     },
     (
         "backward.cu",
-        "p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr",
+        "p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr || "
+        "p.flow_partials != nullptr",
     ): "saves gradients that nobody wants",
     ("backward_fixed_point.cu", "threadIdx.x == 0"): "saves maxima of the same number",
     ("backward_fixed_point.cu", "channels_last"): "the order in which a maximum is taken",
@@ -87,7 +88,6 @@ DEFORM_IDLE = {
                 for i in (0, 1)
             ),
             "fits(p.height, columns, p.input_stride[2], 1, p.dtype)",
-            "p.batch <= kMostImages",
             "pixels <= kMostPixels",
             "p.height <= kMostPositions",
             "p.width <= kMostPositions",
