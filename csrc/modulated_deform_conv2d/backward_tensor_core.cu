@@ -15,8 +15,6 @@
 // offset group): offsets and mask once (by each lane that shares the group), per vector of 8
 // channels its four corners; per corner and channel one atomic add, four to an instruction from
 // sm_90 on.
-#include <algorithm>
-
 #include "modulated_deform_conv2d/backward.cuh"
 #include "modulated_deform_conv2d/backward_tensor_core.cuh"
 #include "modulated_deform_conv2d/fixed_point.cuh"
@@ -44,13 +42,13 @@ struct Deal {
 
   DEVICE int group_of(int round, int t) const { return (round << (2 - bits)) + (t >> bits); }
   DEVICE int channel_of(int group, int step, int t) const {
-    return (group * vectors + (step << bits) + (t & (sharing - 1))) * kVectorChannels;
+    return (group * vectors + (step << bits) + (t & (sharing - 1))) * kLaneChannels;
   }
 };
 
 DEVICE Deal make_deal(const ModulatedDeformConv2dParams& p) {
   Deal deal;
-  deal.vectors = p.offset_group_channels() / kVectorChannels;
+  deal.vectors = p.offset_group_channels() / kLaneChannels;
   deal.bits = (deal.vectors % 2 == 0) + (deal.vectors % 4 == 0);
   deal.sharing = 1 << deal.bits;
   deal.run = deal.vectors >> deal.bits;
@@ -70,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   const int parts = p.channels / kStepChannels, tap = step / parts, part = step % parts;
   const int chunk = threadIdx.x / (kColumnTiles * 32), tile = threadIdx.x / 32 % kColumnTiles;
   const int lane = threadIdx.x % 32, column = lane / 4;
-  const int output = pass * kOutputs + chunk * kChunkOutputs + lane % 4 * kVectorChannels;
+  const int output = pass * kOutputs + chunk * kChunkOutputs + lane % 4 * kLaneChannels;
   const int group = deal.group_of(part / deal.run, column / 2);
   const int channel = deal.channel_of(group, part % deal.run, column / 2) + 2 * tile + column % 2;
   const bool known = output < p.out_channels;
@@ -78,9 +76,9 @@ __global__ void __launch_bounds__(kThreads)
   const T* weight =
       static_cast<const T*>(p.weight) + output * output_stride + int64_t{channel} * p.taps() + tap;
   T* packed = static_cast<T*>(p.packed_weight) +
-              (int64_t{blockIdx.x} * kStageVectors + threadIdx.x) * kVectorChannels;
+              (int64_t{blockIdx.x} * kStageVectors + threadIdx.x) * kLaneChannels;
 #pragma unroll
-  for (int i = 0; i < kVectorChannels; ++i) {
+  for (int i = 0; i < kLaneChannels; ++i) {
     packed[i] = known ? weight[i * output_stride] : from_accumulator<T>(0.0f);
   }
 }
@@ -118,13 +116,14 @@ DEVICE Cell make_cell(const ModulatedDeformConv2dParams& p, float y, float x, fl
 }
 
 template <typename T>
-DEVICE float dot(const float (&a)[kVectorChannels], const Vector<uint32_t, 4>& b) {
+DEVICE float dot(const float (&a)[kLaneChannels], const Words<4>& b) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 v = unpack(b.at[i], T());
-    sum += a[2 * i] * v.x;
-    sum += a[2 * i + 1] * v.y;
+    float channels[2];
+    unpack(b.at(i), channels, T());
+    sum += a[2 * i] * channels[0];
+    sum += a[2 * i + 1] * channels[1];
   }
   return sum;
 }
@@ -133,21 +132,21 @@ DEVICE float dot(const float (&a)[kVectorChannels], const Vector<uint32_t, 4>& b
 // pixel of the image.
 template <bool kFixed>
 DEVICE void scatter(const ModulatedDeformConv2dParams& p, const Cell& cell,
-                    const float (&grad_column)[kVectorChannels], int64_t first,
+                    const float (&grad_column)[kLaneChannels], int64_t first,
                     const FixedPoint<float>& fixed) {
   const float low = (1 - cell.part_y) * cell.mask, high = cell.part_y * cell.mask;
-  const int pixel = cell.row * p.width + cell.column;
+  const uint32_t pixel = static_cast<uint32_t>(cell.row) * p.width + cell.column;
 #pragma unroll kFixed ? 1 : 4  // the integers' code is long
   for (int k = 0; k < 4; ++k) {
     const float weight = (k / 2 == 0 ? low : high) * (k % 2 == 0 ? 1 - cell.part_x : cell.part_x);
-    float parts[kVectorChannels];
+    float parts[kLaneChannels];
 #pragma unroll
-    for (int i = 0; i < kVectorChannels; ++i) parts[i] = grad_column[i] * weight;
-    const int to = (pixel + k / 2 * p.width + k % 2) * p.channels;
+    for (int i = 0; i < kLaneChannels; ++i) parts[i] = grad_column[i] * weight;
+    const uint32_t to = (pixel + k / 2 * p.width + k % 2) * p.channels;
     if ((cell.inside >> k & 1) == 0) continue;
     if constexpr (kFixed) {
 #pragma unroll
-      for (int i = 0; i < kVectorChannels; ++i) add_fixed(p, fixed, first + to + i, parts[i]);
+      for (int i = 0; i < kLaneChannels; ++i) add_fixed(p, fixed, first + to + i, parts[i]);
     } else {
       float* target = static_cast<float*>(p.grad_input) + first + to;
       atomic_add4(target, parts[0], parts[1], parts[2], parts[3]);
@@ -191,30 +190,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kStages - 1; ++i) fetch_stage();
 
   const T* grad_output =
-      static_cast<const T*>(p.grad_output) + n * p.grad_output_stride[0] + t * kVectorChannels;
-  Vector<uint32_t, 4> grads[kChunks][2];
+      static_cast<const T*>(p.grad_output) + n * p.grad_output_stride[0] + t * kLaneChannels;
+  Words<4> grads[kChunks][2];
   const auto load_grads = [&](int pass) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int output = pass * kOutputs + chunk * kChunkOutputs;
-      const bool known = output + t * kVectorChannels < p.out_channels;
+      const bool known = output + t * kLaneChannels < p.out_channels;
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         const T* source = grad_output + pixel[q] * p.grad_output_stride[2] + output;
-        grads[chunk][q] = known ? load_words<4>(source) : Vector<uint32_t, 4>{};
+        grads[chunk][q] =
+            known ? Words<4>::load(reinterpret_cast<const unsigned char*>(source)) : Words<4>{};
       }
     }
   };
   if constexpr (kHeld) load_grads(0);
 
-  const T* image = static_cast<const T*>(p.input) + n * p.input_stride[0];
-  const int row_stride = static_cast<int>(p.input_stride[2]);
-  const int column_stride = static_cast<int>(p.input_stride[3]);
+  const T* input = static_cast<const T*>(p.input) + n * p.input_stride[0];
+  Image image = {reinterpret_cast<const unsigned char*>(input), 0,
+                 static_cast<uint32_t>(p.input_stride[2] * sizeof(T)),
+                 static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
   const int64_t grad_image = n * p.height * p.width * p.channels;
   FixedPoint<float> fixed;
   if constexpr (kFixed) fixed = make_fixed_point<float>(p);
   const bool offset_is_t = p.offset_dtype == p.dtype, mask_is_t = p.mask_dtype == p.dtype;
-  const CoordinateOrigin origin = make_origin(p, n);
+  const CoordinateOrigin origin = make_origin<T>(p, n);
 
   int tap_row = 0, tap_column = 0;
   for (int tap = 0; tap < p.taps(); ++tap) {
@@ -230,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       Coordinates<float> coordinates[2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const Coordinates<float>& c = coordinates[q] =
-            load_coordinates<T, kRaw>(p, origin, pixel[q], group, plane);
+        const Coordinates<float>& c = coordinates[q] = load_coordinates<T, kRaw>(
+            p, origin, static_cast<uint32_t>(pixel[q]), group, static_cast<uint32_t>(plane));
         cell[q] = make_cell(p, base_y[q] + tap_y + c.dy, base_x[q] + tap_x + c.dx, c.mask);
         if (!active[q]) cell[q].inside = 0;
       }
@@ -239,16 +240,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       float dots[2][4] = {};  // of grad_column and the corners
       for (int step = 0; step < deal.run; ++step) {
         const int channel = deal.channel_of(group, step, t);
-        Vector<uint32_t, 4> corners[2][4];
+        Words<4> corners[2][4];
+        image.channels = static_cast<uint32_t>(channel * sizeof(T));
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
-          const unsigned source = cell[q].row * row_stride + cell[q].column * column_stride;
+          const uint32_t first_corner = image.at(cell[q].row, cell[q].column);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             // Outside, the first pixel is read in place and its products are dropped below.
-            const unsigned corner = source + k / 2 * row_stride + k % 2 * column_stride;
+            const uint32_t corner =
+                first_corner + k / 2 * image.row_stride + k % 2 * image.column_stride;
             const bool inside = cell[q].inside >> k & 1;
-            corners[q][k] = load_words<4>(image + ((inside ? corner : 0) + channel));
+            corners[q][k] = image.load<4>(inside ? corner : image.channels);
           }
         }
 
@@ -260,12 +263,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           fetch_stage();
 #pragma unroll
           for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const uint32_t (&g)[4] = grads[chunk][0].at, (&h)[4] = grads[chunk][1].at;
+            const Words<4>&g = grads[chunk][0], &h = grads[chunk][1];
 #pragma unroll
             for (int tile = 0; tile < kColumnTiles; ++tile) {
               const uint4 b = ring[used % kStages][(chunk * kColumnTiles + tile) * 32 + lane];
-              mma_m16n8k16(sums[tile], {g[0], h[0], g[1], h[1]}, {b.x, b.y}, T());
-              mma_m16n8k16(sums[tile], {g[2], h[2], g[3], h[3]}, {b.z, b.w}, T());
+              mma_m16n8k16(sums[tile], {g.at(0), h.at(0), g.at(1), h.at(1)}, {b.x, b.y}, T());
+              mma_m16n8k16(sums[tile], {g.at(2), h.at(2), g.at(3), h.at(3)}, {b.z, b.w}, T());
             }
           }
           ++used;
@@ -273,9 +276,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
-          float grad_column[kVectorChannels];
+          float grad_column[kLaneChannels];
 #pragma unroll
-          for (int i = 0; i < kVectorChannels; ++i) grad_column[i] = sums[i / 2][2 * q + i % 2];
+          for (int i = 0; i < kLaneChannels; ++i) grad_column[i] = sums[i / 2][2 * q + i % 2];
 #pragma unroll
           for (int k = 0; k < 4; ++k) dots[q][k] += dot<T>(grad_column, corners[q][k]);
           if (p.grad_input != nullptr) {
@@ -329,16 +332,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Offsets within an image, and up to two rows and columns beside it, fit into int.
-bool is_small(const ModulatedDeformConv2dParams& p) {
-  const int64_t elements =
-      (p.height + 2) * p.input_stride[2] + (p.width + 2) * p.input_stride[3] + p.channels;
-  const int64_t grad_elements = (int64_t{p.height} + 2) * (p.width + 2) * p.channels;
-  return std::max(elements, grad_elements) <= kMostElements;
-}
-
 bool takes(const ModulatedDeformConv2dParams& p) {
-  return p.parts == 1 && is_small(p) && backward_suits_tensor_cores(p);
+  // Offsets within an image of grad_input fit into 32 bits.
+  const bool is_grad_small = int64_t{p.height} * p.width * p.channels <= kMostBytes;
+  return p.parts == 1 && is_grad_small && backward_suits_tensor_cores(p);
 }
 
 int64_t stages(const ModulatedDeformConv2dParams& p) {
@@ -365,8 +362,8 @@ int launch_typed(const ModulatedDeformConv2dParams& p, void* stream) {
   if (status != 0) return status;
   status = p.raw.used ? launch_samples<T, true>(p, stream) : launch_samples<T, false>(p, stream);
   if (status == 0 && p.fixed_sums != nullptr) status = launch_backward_add_fixed_sums(p, stream);
-  if (status == 0 && p.flow_partials != nullptr) status = launch_backward_flow(p, stream);
-  return status;
+  if (status != 0) return status;
+  return launch_backward_flow(p, stream);  // of the flows that want one
 }
 
 }  // namespace
@@ -376,7 +373,6 @@ int64_t modulated_deform_conv2d_backward_packed_weight_bytes(const ModulatedDefo
 }
 
 int launch_backward_samples_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {
-  if (p.batch * p.pixels() == 0) return 0;
   if (p.dtype == Dtype::kFloat16) return launch_typed<__half>(p, stream);
   return launch_typed<__nv_bfloat16>(p, stream);
 }

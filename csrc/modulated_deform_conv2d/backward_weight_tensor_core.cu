@@ -24,8 +24,8 @@ namespace {
 
 constexpr int kPixels = 64;  // four threads for each, with a vector of every step
 constexpr int kSteps = 4;    // two warps for each: 24 KiB of shared memory and 32 sums per thread
-constexpr int kOutputVectors = kOutputs / kVectorChannels;
-constexpr int kStepVectors = kStepChannels / kVectorChannels;
+constexpr int kOutputVectors = kOutputs / kLaneChannels;
+constexpr int kStepVectors = kStepChannels / kLaneChannels;
 static_assert(kPixels * kStepVectors == kThreads);
 constexpr int kWarpOutputs = 32, kRowTiles = kWarpOutputs / 16, kColumnTiles = kStepChannels / 8;
 static_assert(kThreads / 32 == kSteps * kOutputs / kWarpOutputs);
@@ -74,14 +74,15 @@ DEVICE int place_of(int r, int v) {
 
 // What a vector of a step samples.
 struct Source {
-  int channel, offset_group, plane;
+  int channel, offset_group;
+  uint32_t plane;
   float tap_y, tap_x;
 };
 
 DEVICE Source make_source(const ModulatedDeformConv2dParams& p, int step, int vector) {
   const int parts = p.channels / kStepChannels, tap = step / parts;
   Source source;
-  source.channel = step % parts * kStepChannels + vector * kVectorChannels;
+  source.channel = step % parts * kStepChannels + vector * kLaneChannels;
   source.offset_group = p.offset_group_of(source.channel);
   source.plane = source.offset_group * p.taps() + tap;
   source.tap_y = static_cast<float>(tap / p.kernel_w * p.dilation_h);
@@ -108,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t n = begin / tiles, first_pixel = (begin - n * tiles) * kPixels;
 
   const int pixels = static_cast<int>(p.pixels());
+  const bool sums_bias = first_step == 0;
   const int block_steps = min(kSteps, steps_of(p) - first_step);
   const int sampled_row = thread / kStepVectors, vector = thread % kStepVectors;
   const int own_step = warp / 2, own_half = warp % 2;
@@ -123,10 +125,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kPixels * kOutputVectors / kThreads; ++i) {
       const int row = thread / kOutputVectors + i * (kThreads / kOutputVectors);
       const int column = thread % kOutputVectors, pixel = static_cast<int>(first_pixel) + row;
-      const int output = first_output + column * kVectorChannels;
+      const int output = first_output + column * kLaneChannels;
+      const bool valid = pixel < pixels && output < p.out_channels;
       cp_async16(&grads[row][place_of<kOutputVectors>(row, column)],
-                 grad_output + pixel * p.grad_output_stride[2] + output,
-                 pixel < pixels && output < p.out_channels);
+                 grad_output + pixel * p.grad_output_stride[2] + output, valid);
     }
     cp_async_commit();
 
@@ -135,33 +137,38 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int row = pixel / p.out_width;
     const float base_y = static_cast<float>(row * p.stride_h - p.padding_h);
     const float base_x = static_cast<float>((pixel - row * p.out_width) * p.stride_w - p.padding_w);
-    const CoordinateOrigin origin = make_origin(p, n);
-    const T* image = static_cast<const T*>(p.input) + n * p.input_stride[0];
+    const CoordinateOrigin origin = make_origin<T>(p, n);
+    const T* input = static_cast<const T*>(p.input) + n * p.input_stride[0];
+    Image image = {reinterpret_cast<const unsigned char*>(input), 0,
+                   static_cast<uint32_t>(p.input_stride[2] * sizeof(T)),
+                   static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
     for (int step = 0; step < block_steps; ++step) {
       const Source source = sources[step][vector];
-      const Position position = make_position(
-          base_y + source.tap_y, base_x + source.tap_x,
-          load_coordinates<T, kRaw>(p, origin, pixel, source.offset_group, source.plane));
-      const int row_stride = static_cast<int>(p.input_stride[2]);
-      const int column_stride = static_cast<int>(p.input_stride[3]);
-      const Corners<4> corners =
-          __all_sync(0xffffffffu, is_inner(p, position))
-              ? inner_corners<4>(position, image + source.channel, row_stride, column_stride)
-              : edge_corners<4>(p, position, image + source.channel, row_stride, column_stride);
-      uint32_t sample[4];
+      const Position position =
+          make_position(base_y + source.tap_y, base_x + source.tap_x,
+                        load_coordinates<T, kRaw>(p, origin, static_cast<uint32_t>(pixel),
+                                                  source.offset_group, source.plane));
+      image.channels = static_cast<uint32_t>(source.channel * sizeof(T));
+      const Corners<4> corners = __all_sync(0xffffffffu, is_inner(p, position))
+                                     ? inner_corners<4>(position, image)
+                                     : edge_corners<4>(p, position, image);
+      float sample[kLaneChannels];
       blend<T>(corners, sample);
       // Past the end grad_output is 0, and so the sample must be: it could be NaN.
       samples[step][sampled_row][place_of<kStepVectors>(sampled_row, vector)] =
-          active ? make_uint4(sample[0], sample[1], sample[2], sample[3]) : make_uint4(0, 0, 0, 0);
+          active ? make_uint4(pack(sample[0], sample[1], T()), pack(sample[2], sample[3], T()),
+                              pack(sample[4], sample[5], T()), pack(sample[6], sample[7], T()))
+                 : make_uint4(0, 0, 0, 0);
     }
     cp_async_wait<0>();
     __syncthreads();
 
-    if (first_step == 0) {  // of the blocks that read these grad_outputs one sums them up
+    // Of the blocks that read these grad_outputs one sums them up.
+    if (sums_bias) {
       const int output = thread % kOutputs;
       for (int r = thread / kOutputs; r < kPixels; r += kThreads / kOutputs) {
-        const uint4& eight = grads[r][place_of<kOutputVectors>(r, output / kVectorChannels)];
-        bias_sum += to_accumulator(reinterpret_cast<const T*>(&eight)[output % kVectorChannels]);
+        const uint4& eight = grads[r][place_of<kOutputVectors>(r, output / kLaneChannels)];
+        bias_sum += to_accumulator(reinterpret_cast<const T*>(&eight)[output % kLaneChannels]);
       }
     }
     if (own_step < block_steps) {
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           const int r = first + lane % 8 + lane / 16 * 8;
-          const int v = own_half * (kWarpOutputs / kVectorChannels) + 2 * i + lane / 8 % 2;
+          const int v = own_half * (kWarpOutputs / kLaneChannels) + 2 * i + lane / 8 % 2;
           ldmatrix_trans(a[i], &grads[r][place_of<kOutputVectors>(r, v)]);
         }
 #pragma unroll

@@ -16,27 +16,17 @@
 // offsets and mask read once where groups have 8 channels; per sample the four corners, from L1
 // where offsets are smooth.
 #include "modulated_deform_conv2d/forward_tensor_core.cuh"
-#include "modulated_deform_conv2d/tensor_core_products.cuh"
+#include "modulated_deform_conv2d/tensor_core.cuh"
 #include "modulated_deform_conv2d/tensor_core_samples.cuh"
 
 namespace mafnet {
 namespace {
 
 constexpr int kWarpPixels = 16, kPixels = kThreads / 32 * kWarpPixels;
-constexpr int kOutputs = 64, kColumnTiles = kOutputs / 8;
-constexpr int kStepChannels = 32;
+constexpr int kColumnTiles = kOutputs / 8;
 constexpr int kSmallestRun = 4;                // of channels in one offset group
 constexpr int kLaneTiles = kColumnTiles * 32;  // of a stage: one for every thread
 static_assert(kLaneTiles == kThreads);
-
-// Bounds under which coordinates are exact in float and in split_floor, pixels fit into int and
-// byte offsets from where an image begins into 32 bits, and products with reciprocals find the
-// offset group.
-constexpr int64_t kMostPositions = int64_t{1} << 22;
-constexpr int64_t kMostPixels = int64_t{1} << 30;
-constexpr int64_t kMostBytes = (int64_t{1} << 32) - 1;
-constexpr int kMostChannels = 2048;
-constexpr int64_t kMostImages = 65535;  // of the grid's second dimension
 
 // The output channel that column `column` of column tile `tile` stands for.
 DEVICE int output_of(int tile, int column) {
@@ -232,47 +222,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-bool is_aligned(const void* pointer, int64_t first_stride, int64_t second_stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && first_stride % kLaneChannels == 0 &&
-         second_stride % kLaneChannels == 0;
-}
-
-// Whether an image of `planes` planes, at these strides of planes and pixels, is within kMostBytes.
-bool fits(int64_t planes, int64_t pixels, int64_t plane_stride, int64_t pixel_stride, Dtype dtype) {
-  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
-  return ((planes - 1) * plane_stride + (pixels - 1) * pixel_stride + 1) * size <= kMostBytes;
-}
-
-bool is_small(const ModulatedDeformConv2dParams& p) {
-  const auto reach = [](int64_t out, int64_t stride, int64_t padding, int64_t kernel,
-                        int64_t dilation) { return out * stride + padding + kernel * dilation; };
-  const int64_t planes = int64_t{p.offset_groups} * p.taps(), pixels = p.pixels();
-  const int64_t (&offset)[3] = p.offset_stride, (&mask)[3] = p.mask_stride;
-  // Strides of what is not there are 0.
-  const bool coordinates_fit =
-      fits(2 * planes, pixels, offset[1], offset[2], p.offset_dtype) &&
-      fits(planes, pixels, mask[1], mask[2], p.mask_dtype) &&
-      fits(2, pixels, p.raw.flow_stride[0][2], p.raw.flow_stride[0][1], p.raw.flow_dtype) &&
-      fits(2, pixels, p.raw.flow_stride[1][2], p.raw.flow_stride[1][1], p.raw.flow_dtype);
-  const int64_t columns = (p.width - 1) * p.input_stride[3] + p.channels;
-  return coordinates_fit && fits(p.height, columns, p.input_stride[2], 1, p.dtype) &&
-         p.batch <= kMostImages && pixels <= kMostPixels && p.height <= kMostPositions &&
-         p.width <= kMostPositions &&
-         reach(p.out_height, p.stride_h, p.padding_h, p.kernel_h, p.dilation_h) <= kMostPositions &&
-         reach(p.out_width, p.stride_w, p.padding_w, p.kernel_w, p.dilation_w) <= kMostPositions;
-}
-
 bool takes(const ModulatedDeformConv2dParams& p) {
   const bool has_type =
       p.dtype == Dtype::kFloat16 || (p.dtype != Dtype::kFloat64 && has_bfloat16_tensor_cores());
-  const bool has_channels =
-      p.groups == 1 && p.channels % kStepChannels == 0 && p.channels <= kMostChannels &&
-      p.offset_group_channels() % kSmallestRun == 0 && p.out_channels % kLaneChannels == 0;
-  const bool has_layout = p.input_stride[1] == 1 && p.output_stride[1] == 1 &&
-                          p.input_stride[0] % kLaneChannels == 0 &&
-                          is_aligned(p.input, p.input_stride[2], p.input_stride[3]) &&
-                          is_aligned(p.output, p.output_stride[0], p.output_stride[2]);
-  return has_type && has_channels && has_layout && is_small(p);
+  return has_type && suits_tensor_cores(p, kSmallestRun) && p.output_stride[1] == 1 &&
+         is_aligned(p.output, p.output_stride[0], p.output_stride[2]);
 }
 
 int64_t stages(const ModulatedDeformConv2dParams& p) {

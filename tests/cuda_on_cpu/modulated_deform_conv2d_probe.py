@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cuda_on_cpu import (
     deform_align_cases,
+    modulated_deform_conv2d_backward_cases,
     modulated_deform_conv2d_cases,
     modulated_deform_conv2d_tensor_core_cases,
 )
@@ -14,3 +15,4 @@ def probe(kernels: Kernels) -> None:
     modulated_deform_conv2d_cases.probe(kernels)
     modulated_deform_conv2d_tensor_core_cases.probe(kernels)
     deform_align_cases.probe(kernels)
+    modulated_deform_conv2d_backward_cases.probe(kernels)

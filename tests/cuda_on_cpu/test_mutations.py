@@ -54,7 +54,14 @@ _POSITION = "saves a position that is there already"
 DEFORM_IDLE = {
     **{
         (f"{file}.cu", "status != 0"): _NO_FAILURE
-        for file in ("backward", "backward_weight", "backward_fixed_point", "forward_tensor_core")
+        for file in (
+            "backward",
+            "backward_weight",
+            "backward_fixed_point",
+            "forward_tensor_core",
+            "backward_tensor_core",
+            "backward_weight_tensor_core",
+        )
     },
     **{
         (f"{file}.cu", "offset_group != sampled_group"): _POSITION
@@ -68,8 +75,10 @@ DEFORM_IDLE = {
     ("backward_fixed_point.cu", "threadIdx.x == 0"): "saves maxima of the same number",
     ("backward_fixed_point.cu", "channels_last"): "the order in which a maximum is taken",
     ("forward_tensor_core.cu", "has_bfloat16_tensor_cores()"): "the emulator has them",
+    ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
+    ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
     **{
-        ("forward_tensor_core.cu", limit): _LARGE
+        ("tensor_core.cuh", limit): _LARGE
         for limit in (
             "coordinates_fit",
             "fits(2 * planes, pixels, offset[1], offset[2], p.offset_dtype)",
@@ -84,11 +93,17 @@ DEFORM_IDLE = {
             "p.width <= kMostPositions",
         )
     },
-    ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
+    **{
+        ("tensor_core.cuh", some): "the strides of an empty array are 0 here"
+        for some in ("p.height > 0", "p.width > 0", "p.batch * p.pixels() > 0")
+    },
     (
-        "forward_tensor_core.cu",
+        "tensor_core.cuh",
         "p.out_channels % kLaneChannels == 0",
-    ): "else a dense output is not aligned",
+    ): "else neither a dense output nor grad_output is aligned",
+    ("backward_tensor_core.cu", "is_grad_small"): _LARGE,
+    ("backward_tensor_core.cu", "status == 0"): _NO_FAILURE,
+    ("backward_weight_tensor_core.cu", "sums_bias"): "saves sums that nobody stores",
     (
         "forward_tensor_core.cu",
         "is_aligned(p.output, p.output_stride[0], p.output_stride[2])",

@@ -14,6 +14,7 @@ from cuda_on_cpu.modulated_deform_conv2d_backward_cases import (
     BACKWARD_CASES,
     check_each_gradient_alone,
     check_infinite_gradient,
+    check_infinite_sample,
     check_not_for_tensor_cores,
     check_slices,
     check_wild_offsets,
@@ -118,6 +119,10 @@ def test_wild_offsets(kernels: Kernels, dtype: torch.dtype, deterministic: bool)
 @halves
 def test_infinite_gradient(kernels: Kernels, dtype: torch.dtype) -> None:
     check_infinite_gradient(kernels, dtype)
+
+
+def test_infinite_sample(kernels: Kernels) -> None:
+    check_infinite_sample(kernels)
 
 
 def test_each_gradient_alone(kernels: Kernels) -> None:
