@@ -27,7 +27,7 @@ struct Step {
   int a, b;
 };
 
-// Which pieces are multiplied, small ones first.
+// Which pieces are multiplied, ordered so that a product shares a factor with the one before.
 std::vector<Step> piece_pairs(int pieces);
 
 // How a matrix is laid out along the depth that products sum over: its pieces follow each other, or
