@@ -36,6 +36,7 @@ class FloatEngine {
   // Multiples of every tile height of gemm.h, so that no product leaves its block. 48 x 192 scores
   // are 36 kB of a first cache.
   static constexpr int kQueries = 2 * kRowPad, kKeys = 8 * kRowPad;
+  static constexpr int kKeyBlocks = 2;
 
   explicit FloatEngine(const SelfAttentionParams& params)
       : p_(params),
@@ -51,8 +52,8 @@ class FloatEngine {
           score(kQueries * kKeys),
           grad_score(e.backward_ ? kQueries * kKeys : 0),
           out(kQueries * e.value_depth_),
-          grad_key(e.backward_ ? kKeys * e.depth_ : 0),
-          grad_value(e.backward_ ? kKeys * e.value_depth_ : 0) {}
+          grad_key(e.backward_ ? kKeyBlocks * kKeys * e.depth_ : 0),
+          grad_value(e.backward_ ? kKeyBlocks * kKeys * e.value_depth_ : 0) {}
     Buffer<A> query, score, grad_score, out, grad_key, grad_value;
     A largest[kQueries], sum[kQueries];
     int queries = 0;
@@ -146,7 +147,7 @@ class FloatEngine {
   }
 
   void differentiate(const std::byte* key, int keys, const std::byte* query, int queries,
-                     A* grad_query, Scratch& s) const {
+                     A* grad_query, int slot, Scratch& s) const {
     const KeyBlock<A> k = keys_at(const_cast<std::byte*>(key));
     const QueryBlock<A> q = queries_at(const_cast<std::byte*>(query));
     const int padded = round_up(keys, kColumnPad);
@@ -167,18 +168,18 @@ class FloatEngine {
       }
     });
     multiply({score, 1, kKeys}, q.grad_out, value_depth_, keys, queries, value_depth_,
-             s.grad_value.data(), value_depth_, true);
-    multiply({grad_score, 1, kKeys}, q.query, depth_, keys, queries, depth_, s.grad_key.data(),
+             grad_value_of(s, slot), value_depth_, true);
+    multiply({grad_score, 1, kKeys}, q.query, depth_, keys, queries, depth_, grad_key_of(s, slot),
              depth_, true);
     multiply({grad_score, kKeys, 1}, k.key, depth_, queries, keys, depth_, grad_query, depth_,
              true);
   }
 
-  void finish_keys(const Problem& problem, int64_t first, int count, Scratch& s) const {
-    write_tokens(p_.dtype, p_.grad_key, problem, first, count, p_.depth, s.grad_key.data(), depth_,
-                 1, scale_);
+  void finish_keys(const Problem& problem, int64_t first, int count, int slot, Scratch& s) const {
+    write_tokens(p_.dtype, p_.grad_key, problem, first, count, p_.depth, grad_key_of(s, slot),
+                 depth_, 1, scale_);
     write_tokens(p_.dtype, p_.grad_value, problem, first, count, p_.value_depth,
-                 s.grad_value.data(), value_depth_, 1, A(1));
+                 grad_value_of(s, slot), value_depth_, 1, A(1));
   }
 
   void write_grad_query(const Problem& problem, int64_t first, int count, const A* sum) const {
@@ -188,6 +189,11 @@ class FloatEngine {
 
  private:
   static constexpr Dtype kLseDtype = std::is_same_v<A, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+
+  A* grad_key_of(Scratch& s, int slot) const { return s.grad_key.data() + slot * kKeys * depth_; }
+  A* grad_value_of(Scratch& s, int slot) const {
+    return s.grad_value.data() + slot * kKeys * value_depth_;
+  }
 
   Tokens lse_tokens() const { return {p_.lse, {p_.heads * p_.queries, p_.queries, 1, 1}}; }
 

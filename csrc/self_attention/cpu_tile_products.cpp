@@ -51,9 +51,8 @@ MAFNET_INLINE void put_row(const float* from, int depth, int piece, int at, uint
     const int run = std::min(depth - d, kTileDepth - (at + d) % kTileDepth);
     uint16_t* to = row + (at + d) / kTileDepth * kTileFactors + (at + d) % kTileDepth;
     const float* source = from + d;
-    for_pieces(piece, run, [&](int i, int p) MAFNET_INLINE_LAMBDA {
-      to[i] = piece_of(source[i], p);
-    });
+    for_pieces(piece, run,
+               [&](int i, int p) MAFNET_INLINE_LAMBDA { to[i] = piece_of(source[i], p); });
     d += run;
   }
 }

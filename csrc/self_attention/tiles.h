@@ -47,7 +47,8 @@ std::vector<Step> token_steps(int tiles, int pieces);
 // number m * tiles + t. The number of rows is that of `from`; what tiles have more stays.
 void pack_a(const float* from, int64_t stride, int rows, const DepthPlan& plan, int depth,
             uint16_t* to);
-// From depth x columns numbers to tiles of B: tile t of columns 16 n is number t * columns / 16 + n.
+// From depth x columns numbers to tiles of B: tile t of columns 16 n is number t * columns / 16 +
+// n.
 void pack_b(const float* from, int64_t stride, int columns, const DepthPlan& plan, int depth,
             uint16_t* to);
 // The same with a depth of tokens, for token_steps. tiles: of A in a row.
