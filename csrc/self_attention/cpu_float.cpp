@@ -57,6 +57,7 @@ class FloatEngine {
     Buffer<A> query, score, grad_score, out, grad_key, grad_value;
     A largest[kQueries], sum[kQueries];
     int queries = 0;
+    bool all_keys = false;
   };
 
   size_t key_bytes() const {
@@ -141,7 +142,8 @@ class FloatEngine {
     }
   }
 
-  void start_keys(Scratch& s) const {
+  void start_keys(const Problem& problem, Scratch& s) const {
+    s.all_keys = problem.keys <= kKeys;
     std::fill_n(s.grad_key.data(), s.grad_key.size(), A(0));
     std::fill_n(s.grad_value.data(), s.grad_value.size(), A(0));
   }
@@ -156,15 +158,9 @@ class FloatEngine {
     multiply({q.grad_out, value_depth_, 1}, k.value_t, kKeys, queries, p_.value_depth, padded,
              grad_score, kKeys, false);
     with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-      using V = WideOf<decltype(level), A>;
       for (int i = 0; i < queries; ++i) {
-        A *row = score + i * kKeys, *grad = grad_score + i * kKeys;
-        const A lse = q.lse[i], delta = q.delta[i];
-        for (int j = 0; j < padded; j += sizeof(V) / sizeof(A)) {
-          const V weight = power(V((load<V>(row + j) * scale_ - lse) * kPowerFactor<A>));
-          store(row + j, weight);
-          store(grad + j, V(weight * (load<V>(grad + j) - delta)));
-        }
+        take_gradients<decltype(level)>(score + i * kKeys, grad_score + i * kKeys, keys, q.lse[i],
+                                        s.all_keys ? nullptr : q.delta + i);
       }
     });
     multiply({score, 1, kKeys}, q.grad_out, value_depth_, keys, queries, value_depth_,
@@ -253,6 +249,29 @@ class FloatEngine {
       total += weight;
     }
     for (int i = 0; i < kLanes; ++i) sum += lane(total, i);
+  }
+
+  // Turns a row of scores into weights, and the gradients of the weights into those of the scores.
+  // Where the row holds all keys, delta is not given: summed up from the weights it does not have
+  // the rounding of the stored out, which few keys do not average away.
+  template <typename L>
+  MAFNET_INLINE void take_gradients(A* row, A* grad, int keys, A lse, const A* delta) const {
+    using V = WideOf<L, A>;
+    constexpr int kLanes = sizeof(V) / sizeof(A);
+    const int padded = round_up(keys, kColumnPad);
+    for (int j = 0; j < padded; j += kLanes) {
+      store(row + j, V(power(V((load<V>(row + j) * scale_ - lse) * kPowerFactor<A>))));
+    }
+    std::fill(row + keys, row + padded, A(0));
+    A mean = 0;
+    if (delta != nullptr) {
+      mean = *delta;
+    } else {
+      for (int j = 0; j < keys; ++j) mean += row[j] * grad[j];
+    }
+    for (int j = 0; j < padded; j += kLanes) {
+      store(grad + j, V(load<V>(row + j) * (load<V>(grad + j) - mean)));
+    }
   }
 
   template <typename V>

@@ -179,7 +179,7 @@ class TileEngine {
                   block.grad_out_tokens);
   }
 
-  void start_keys(Scratch& s) const {
+  void start_keys(const Problem&, Scratch& s) const {
     std::fill_n(s.grad_key.data(), s.grad_key.size(), 0.0f);
     std::fill_n(s.grad_value.data(), s.grad_value.size(), 0.0f);
   }

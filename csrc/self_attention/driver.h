@@ -134,7 +134,7 @@ void run_backward(const SelfAttentionParams& p) {
               body(at, static_cast<int>(std::min<int64_t>(problem.keys - at, Engine::kKeys)), i);
             }
           };
-          engine.start_keys(scratch);
+          engine.start_keys(problem, scratch);
           for (int64_t q = 0; q < problem.queries; q += Engine::kQueries) {
             const int64_t block = q / Engine::kQueries;
             const std::byte* query =
