@@ -329,7 +329,8 @@ def self_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     """softmax(q k^T * scale) v over (N, heads, L, D), in blocks of queries.
 
     At most ``MAX_SCORES`` scores exist at a time (one query row at least); where more than one block is needed the
-    backward recomputes each block's scores, so memory stays O(L) there too.
+    backward recomputes each block's scores, so memory stays O(L) there too. torch.func cannot recompute: under it
+    the weights of all blocks are kept.
     """
     batch, heads, length, _ = query.shape
     rows = max(1, MAX_SCORES // max(1, batch * heads * key.shape[2]))
@@ -338,7 +339,7 @@ def self_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     blocks = []
     for start in range(0, length, rows):
         block = query[:, :, start : start + rows]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() is None:
             blocks.append(checkpoint(_attend, block, key, value, scale, use_reentrant=False))
         else:
             blocks.append(_attend(block, key, value, scale))

@@ -36,6 +36,7 @@ class FloatEngine {
   // Multiples of every tile height of gemm.h, so that no product leaves its block. 48 x 192 scores
   // are 36 kB of a first cache.
   static constexpr int kQueries = 2 * kRowPad, kKeys = 8 * kRowPad;
+  static constexpr int kKeyBlocks = 2;
 
   explicit FloatEngine(const SelfAttentionParams& params)
       : p_(params),
@@ -51,11 +52,12 @@ class FloatEngine {
           score(kQueries * kKeys),
           grad_score(e.backward_ ? kQueries * kKeys : 0),
           out(kQueries * e.value_depth_),
-          grad_key(e.backward_ ? kKeys * e.depth_ : 0),
-          grad_value(e.backward_ ? kKeys * e.value_depth_ : 0) {}
+          grad_key(e.backward_ ? kKeyBlocks * kKeys * e.depth_ : 0),
+          grad_value(e.backward_ ? kKeyBlocks * kKeys * e.value_depth_ : 0) {}
     Buffer<A> query, score, grad_score, out, grad_key, grad_value;
     A largest[kQueries], sum[kQueries];
     int queries = 0;
+    bool all_keys = false;
   };
 
   size_t key_bytes() const {
@@ -140,13 +142,14 @@ class FloatEngine {
     }
   }
 
-  void start_keys(Scratch& s) const {
+  void start_keys(const Problem& problem, Scratch& s) const {
+    s.all_keys = problem.keys <= kKeys;
     std::fill_n(s.grad_key.data(), s.grad_key.size(), A(0));
     std::fill_n(s.grad_value.data(), s.grad_value.size(), A(0));
   }
 
   void differentiate(const std::byte* key, int keys, const std::byte* query, int queries,
-                     A* grad_query, Scratch& s) const {
+                     A* grad_query, int slot, Scratch& s) const {
     const KeyBlock<A> k = keys_at(const_cast<std::byte*>(key));
     const QueryBlock<A> q = queries_at(const_cast<std::byte*>(query));
     const int padded = round_up(keys, kColumnPad);
@@ -155,30 +158,24 @@ class FloatEngine {
     multiply({q.grad_out, value_depth_, 1}, k.value_t, kKeys, queries, p_.value_depth, padded,
              grad_score, kKeys, false);
     with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-      using V = WideOf<decltype(level), A>;
       for (int i = 0; i < queries; ++i) {
-        A *row = score + i * kKeys, *grad = grad_score + i * kKeys;
-        const A lse = q.lse[i], delta = q.delta[i];
-        for (int j = 0; j < padded; j += sizeof(V) / sizeof(A)) {
-          const V weight = power(V((load<V>(row + j) * scale_ - lse) * kPowerFactor<A>));
-          store(row + j, weight);
-          store(grad + j, V(weight * (load<V>(grad + j) - delta)));
-        }
+        take_gradients<decltype(level)>(score + i * kKeys, grad_score + i * kKeys, keys, q.lse[i],
+                                        s.all_keys ? nullptr : q.delta + i);
       }
     });
     multiply({score, 1, kKeys}, q.grad_out, value_depth_, keys, queries, value_depth_,
-             s.grad_value.data(), value_depth_, true);
-    multiply({grad_score, 1, kKeys}, q.query, depth_, keys, queries, depth_, s.grad_key.data(),
+             grad_value_of(s, slot), value_depth_, true);
+    multiply({grad_score, 1, kKeys}, q.query, depth_, keys, queries, depth_, grad_key_of(s, slot),
              depth_, true);
     multiply({grad_score, kKeys, 1}, k.key, depth_, queries, keys, depth_, grad_query, depth_,
              true);
   }
 
-  void finish_keys(const Problem& problem, int64_t first, int count, Scratch& s) const {
-    write_tokens(p_.dtype, p_.grad_key, problem, first, count, p_.depth, s.grad_key.data(), depth_,
-                 1, scale_);
+  void finish_keys(const Problem& problem, int64_t first, int count, int slot, Scratch& s) const {
+    write_tokens(p_.dtype, p_.grad_key, problem, first, count, p_.depth, grad_key_of(s, slot),
+                 depth_, 1, scale_);
     write_tokens(p_.dtype, p_.grad_value, problem, first, count, p_.value_depth,
-                 s.grad_value.data(), value_depth_, 1, A(1));
+                 grad_value_of(s, slot), value_depth_, 1, A(1));
   }
 
   void write_grad_query(const Problem& problem, int64_t first, int count, const A* sum) const {
@@ -188,6 +185,11 @@ class FloatEngine {
 
  private:
   static constexpr Dtype kLseDtype = std::is_same_v<A, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+
+  A* grad_key_of(Scratch& s, int slot) const { return s.grad_key.data() + slot * kKeys * depth_; }
+  A* grad_value_of(Scratch& s, int slot) const {
+    return s.grad_value.data() + slot * kKeys * value_depth_;
+  }
 
   Tokens lse_tokens() const { return {p_.lse, {p_.heads * p_.queries, p_.queries, 1, 1}}; }
 
@@ -247,6 +249,29 @@ class FloatEngine {
       total += weight;
     }
     for (int i = 0; i < kLanes; ++i) sum += lane(total, i);
+  }
+
+  // Turns a row of scores into weights, and the gradients of the weights into those of the scores.
+  // Where the row holds all keys, delta is not given: summed up from the weights it does not have
+  // the rounding of the stored out, which few keys do not average away.
+  template <typename L>
+  MAFNET_INLINE void take_gradients(A* row, A* grad, int keys, A lse, const A* delta) const {
+    using V = WideOf<L, A>;
+    constexpr int kLanes = sizeof(V) / sizeof(A);
+    const int padded = round_up(keys, kColumnPad);
+    for (int j = 0; j < padded; j += kLanes) {
+      store(row + j, V(power(V((load<V>(row + j) * scale_ - lse) * kPowerFactor<A>))));
+    }
+    std::fill(row + keys, row + padded, A(0));
+    A mean = 0;
+    if (delta != nullptr) {
+      mean = *delta;
+    } else {
+      for (int j = 0; j < keys; ++j) mean += row[j] * grad[j];
+    }
+    for (int j = 0; j < padded; j += kLanes) {
+      store(grad + j, V(load<V>(row + j) * (load<V>(grad + j) - mean)));
+    }
   }
 
   template <typename V>

@@ -19,13 +19,15 @@ namespace {
 
 int tiles_of(int count, int size) { return (count + size - 1) / size; }
 
-template <int kPieces>
+template <int kPieces, bool kBackward>
 class TileEngine {
  public:
   using Sum = float;
-  // 32 queries at a time, whose 128 scores and weights stay in the first cache; a block of keys
-  // serves all 128 from the second.
-  static constexpr int kQueries = 128, kKeys = 128, kTogether = 32;
+  // 32 queries at a time, whose scores and weights for 128 keys stay in the first cache. Packed
+  // floats of thousands of tokens do not fit the second cache: each block of keys that is fetched
+  // serves 512 queries, and in the backward each block of queries 512 keys.
+  static constexpr int kQueries = kBackward ? 128 : 512, kKeys = 128, kTogether = 32;
+  static constexpr int kKeyBlocks = 4;
 
   explicit TileEngine(const SelfAttentionParams& params)
       : p_(params),
@@ -33,27 +35,26 @@ class TileEngine {
         value_plan_(params.value_depth, kPieces),
         token_steps_(token_steps(kKeys / kTileDepth, kPieces)),
         depth_(tiles_of(params.depth, kTile)),
-        value_depth_(tiles_of(params.value_depth, kTile)),
-        backward_(params.grad_out.data != nullptr) {}
+        value_depth_(tiles_of(params.value_depth, kTile)) {}
 
   class Scratch {
    public:
     explicit Scratch(const TileEngine& e)
-        : numbers(kKeys * kTile * std::max(e.depth_, e.value_depth_)),
+        : numbers(std::max(kKeys, kQueries) * kTile * std::max(e.depth_, e.value_depth_)),
           query(e.score_plan_.tiles * kQueryTiles * kTileFactors),
           score(kKeys * kTogether),
-          grad_score(e.backward_ ? kKeys * kTogether : 0),
+          grad_score(kBackward ? kKeys * kTogether : 0),
           weight_b(kWeights),
-          weight_a(e.backward_ ? kWeights : 0),
-          grad_score_a(e.backward_ ? kWeights : 0),
+          weight_a(kBackward ? kWeights : 0),
+          grad_score_a(kBackward ? kWeights : 0),
           out(e.value_depth_ * kTile * kQueries),
-          grad_key(e.backward_ ? e.depth_ * kTile * kKeys : 0),
-          grad_value(e.backward_ ? e.value_depth_ * kTile * kKeys : 0) {
+          grad_key(kBackward ? kKeyBlocks * e.depth_ * kTile * kKeys : 0),
+          grad_value(kBackward ? kKeyBlocks * e.value_depth_ * kTile * kKeys : 0) {
       open_tiles();
     }
     ~Scratch() { close_tiles(); }
 
-    static constexpr int kWeights = kKeys * kQueries * kPieces;
+    static constexpr int kWeights = kKeys * (kBackward ? kQueries : kTogether) * kPieces;
     Buffer<float> numbers;
     Buffer<uint16_t> query;
     Buffer<float> score, grad_score;
@@ -66,8 +67,8 @@ class TileEngine {
 
   // key as A, value^T as A over tokens; for the backward key and value as A, key^T over tokens.
   size_t key_bytes() const {
-    const int of_tokens = (backward_ ? depth_ : value_depth_) * kTokenTiles;
-    const int values = backward_ ? value_plan_.tiles * kKeyTiles : 0;
+    const int of_tokens = (kBackward ? depth_ : value_depth_) * kTokenTiles;
+    const int values = kBackward ? value_plan_.tiles * kKeyTiles : 0;
     return sizeof(uint16_t) * kTileFactors * (score_plan_.tiles * kKeyTiles + values + of_tokens);
   }
 
@@ -79,7 +80,7 @@ class TileEngine {
     float* rows = numbers.data();
     read_tokens(p_.dtype, p_.key, problem, first, count, p_.depth, rows, p_.depth, 1);
     pack_a(rows, p_.depth, count, score_plan_, p_.depth, key);
-    if (backward_) {
+    if constexpr (kBackward) {
       uint16_t* turned = value + value_plan_.tiles * kKeyTiles * kTileFactors;
       read_tokens(p_.dtype, p_.key, problem, first, count, p_.depth, rows, 1, kKeys);
       pack_a_tokens(rows, kKeys, p_.depth, count, kPieces, kTokenTiles, turned);
@@ -178,13 +179,13 @@ class TileEngine {
                   block.grad_out_tokens);
   }
 
-  void start_keys(Scratch& s) const {
+  void start_keys(const Problem&, Scratch& s) const {
     std::fill_n(s.grad_key.data(), s.grad_key.size(), 0.0f);
     std::fill_n(s.grad_value.data(), s.grad_value.size(), 0.0f);
   }
 
   void differentiate(const std::byte* packed, int keys, const std::byte* query, int queries,
-                     float* grad_query, Scratch& s) const {
+                     float* grad_query, int slot, Scratch& s) const {
     const auto* key = reinterpret_cast<const uint16_t*>(packed);
     const uint16_t* value = key + score_plan_.tiles * kKeyTiles * kTileFactors;
     const uint16_t* turned = value + value_plan_.tiles * kKeyTiles * kTileFactors;
@@ -205,31 +206,30 @@ class TileEngine {
                            slope_,
                            block.lse + i * kTogether,
                            block.delta + i * kTogether};
-      take_gradients<kPieces>(of, s.weight_a.data() + i * kPieces * kTileFactors,
-                              s.grad_score_a.data() + i * kPieces * kTileFactors,
-                              kTokenTiles * kTileFactors,
-                              s.weight_b.data() + i * kTogether / kTile * kTileFactors,
-                              kQueryTiles * kTileFactors);
+      take_gradients<kPieces>(
+          of, s.weight_a.data() + i * kPieces * kTileFactors,
+          s.grad_score_a.data() + i * kPieces * kTileFactors, kTokenTiles * kTileFactors,
+          s.weight_b.data() + i * kTogether / kTile * kTileFactors, kQueryTiles * kTileFactors);
     }
     const Step* steps = token_steps_.data();
     const TileMatrix weight{s.weight_a.data(), kTokenTiles * kTileFactors, kTileFactors};
     const TileMatrix grad_score{s.grad_score_a.data(), kTokenTiles * kTileFactors, kTileFactors};
     multiply_tiles(weight, {block.grad_out_tokens, kTileFactors, value_depth_ * kTileFactors},
                    steps, steps_of(query_tiles), 2 * depth_tiles, value_depth_,
-                   {s.grad_value.data(), kTileSums, kKeyTiles * kTileSums}, true);
+                   {grad_value_of(s, slot), kTileSums, kKeyTiles * kTileSums}, true);
     multiply_tiles(grad_score, {block.query_tokens, kTileFactors, depth_ * kTileFactors}, steps,
                    steps_of(query_tiles), 2 * depth_tiles, depth_,
-                   {s.grad_key.data(), kTileSums, kKeyTiles * kTileSums}, true);
+                   {grad_key_of(s, slot), kTileSums, kKeyTiles * kTileSums}, true);
     multiply_tiles({turned, kTokenTiles * kTileFactors, kTileFactors},
                    {s.weight_b.data(), kTileFactors, kQueryTiles * kTileFactors}, steps,
                    steps_of(depth_tiles), depth_, 2 * query_tiles,
                    {grad_query, kQueryTiles * kTileSums, kTileSums}, true);
   }
 
-  void finish_keys(const Problem& problem, int64_t first, int count, Scratch& s) const {
+  void finish_keys(const Problem& problem, int64_t first, int count, int slot, Scratch& s) const {
     // Tiles [depth][key] are rows of 16 numbers: key + 128 * (depth / 16), then depth % 16.
-    write_tiles(p_.grad_key, problem, first, count, p_.depth, s.grad_key.data(), scale_, s);
-    write_tiles(p_.grad_value, problem, first, count, p_.value_depth, s.grad_value.data(), 1, s);
+    write_tiles(p_.grad_key, problem, first, count, p_.depth, grad_key_of(s, slot), scale_, s);
+    write_tiles(p_.grad_value, problem, first, count, p_.value_depth, grad_value_of(s, slot), 1, s);
   }
 
   // Tiles [depth][query] of depth x query are lines of 16 queries.
@@ -248,7 +248,14 @@ class TileEngine {
  private:
   static constexpr int kKeyTiles = kKeys / kTile, kQueryTiles = kQueries / kTile;
   static constexpr int kTokenTiles = kKeys / kTileDepth * kPieces;
-  static_assert(kKeys == kQueries, "one list of steps serves both");
+  static_assert(!kBackward || kKeys == kQueries, "one list of steps serves both");
+
+  float* grad_key_of(Scratch& s, int slot) const {
+    return s.grad_key.data() + slot * depth_ * kTile * kKeys;
+  }
+  float* grad_value_of(Scratch& s, int slot) const {
+    return s.grad_value.data() + slot * value_depth_ * kTile * kKeys;
+  }
 
   struct QueryBlock {
     uint16_t *query, *grad_out, *query_tokens, *grad_out_tokens;
@@ -319,7 +326,6 @@ class TileEngine {
   const DepthPlan score_plan_, value_plan_;
   const std::vector<Step> token_steps_;
   const int depth_, value_depth_;  // tiles of 16
-  const bool backward_;
   const float scale_ = static_cast<float>(std::abs(p_.scale));
   // Not 0, so that scores of -inf, which stand for keys past the end, keep the weight 0.
   const float slope_ = std::max(scale_, std::numeric_limits<float>::min());
@@ -383,15 +389,15 @@ bool tiles_serve(const SelfAttentionParams& p) {
 }
 
 void self_attention_forward_tiles(const SelfAttentionParams& p) {
-  if (p.dtype == Dtype::kBFloat16) return run_forward<TileEngine<1>>(p);
-  if (p.dtype == Dtype::kFloat16) return run_forward<TileEngine<2>>(p);
-  run_forward<TileEngine<3>>(p);
+  if (p.dtype == Dtype::kBFloat16) return run_forward<TileEngine<1, false>>(p);
+  if (p.dtype == Dtype::kFloat16) return run_forward<TileEngine<2, false>>(p);
+  run_forward<TileEngine<3, false>>(p);
 }
 
 void self_attention_backward_tiles(const SelfAttentionParams& p) {
-  if (p.dtype == Dtype::kBFloat16) return run_backward<TileEngine<1>>(p);
-  if (p.dtype == Dtype::kFloat16) return run_backward<TileEngine<2>>(p);
-  run_backward<TileEngine<3>>(p);
+  if (p.dtype == Dtype::kBFloat16) return run_backward<TileEngine<1, true>>(p);
+  if (p.dtype == Dtype::kFloat16) return run_backward<TileEngine<2, true>>(p);
+  run_backward<TileEngine<3, true>>(p);
 }
 
 #else

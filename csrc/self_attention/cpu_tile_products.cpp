@@ -51,9 +51,8 @@ MAFNET_INLINE void put_row(const float* from, int depth, int piece, int at, uint
     const int run = std::min(depth - d, kTileDepth - (at + d) % kTileDepth);
     uint16_t* to = row + (at + d) / kTileDepth * kTileFactors + (at + d) % kTileDepth;
     const float* source = from + d;
-    for_pieces(piece, run, [&](int i, int p) MAFNET_INLINE_LAMBDA {
-      to[i] = piece_of(source[i], p);
-    });
+    for_pieces(piece, run,
+               [&](int i, int p) MAFNET_INLINE_LAMBDA { to[i] = piece_of(source[i], p); });
     d += run;
   }
 }
@@ -85,21 +84,23 @@ MAFNET_TARGET_TILES void multiply_block(const TileMatrix& a, const TileMatrix& b
     _tile_zero(2);
     _tile_zero(3);
   }
+  int left = -1, right = -1;
   for (int s = 0; s < count; ++s) {
-    const uint16_t* left = a.data + steps[s].a * a.step;
-    const uint16_t* right = b.data + steps[s].b * b.step;
-    _tile_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
+    // A load takes half as long as a product or more.
+    if (steps[s].a != left) {
+      left = steps[s].a;
+      _tile_loadd(4, a.data + left * a.step, 64);
+      if constexpr (kRows == 2) _tile_loadd(5, a.data + left * a.step + a.along, 64);
+    }
+    if (steps[s].b != right) {
+      right = steps[s].b;
+      _tile_loadd(6, b.data + right * b.step, 64);
+      if constexpr (kColumns == 2) _tile_loadd(7, b.data + right * b.step + b.along, 64);
+    }
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kColumns == 2) {
-      _tile_loadd(7, right + b.along, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kRows == 2) {
-      _tile_loadd(5, left + a.along, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+    if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kRows == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c.data, 64);
   if constexpr (kColumns == 2) _tile_stored(1, c.data + c.column, 64);
@@ -111,8 +112,8 @@ MAFNET_TARGET_TILES void multiply_block(const TileMatrix& a, const TileMatrix& b
 
 std::vector<Step> piece_pairs(int pieces) {
   if (pieces == 1) return {{0, 0}};
-  if (pieces == 2) return {{1, 1}, {0, 1}, {1, 0}, {0, 0}};
-  return {{0, 2}, {2, 0}, {1, 1}, {0, 1}, {1, 0}, {0, 0}};
+  if (pieces == 2) return {{1, 1}, {0, 1}, {0, 0}, {1, 0}};
+  return {{1, 1}, {0, 1}, {0, 2}, {0, 0}, {1, 0}, {2, 0}};
 }
 
 DepthPlan::DepthPlan(int depth, int pieces) {
@@ -134,8 +135,8 @@ DepthPlan::DepthPlan(int depth, int pieces) {
     const int each = tiles_of(depth);
     slot = each * kTileDepth;
     tiles = each * pieces;
-    for (const Step& pair : pairs) {
-      for (int t = 0; t < each; ++t) steps.push_back({pair.a * each + t, pair.b * each + t});
+    for (int t = 0; t < each; ++t) {
+      for (const Step& pair : pairs) steps.push_back({pair.a * each + t, pair.b * each + t});
     }
   }
 }

@@ -126,19 +126,30 @@ void run_backward(const SelfAttentionParams& p) {
         auto* grad_query = shares.data() + task * share;
         std::fill_n(grad_query, share, typename Engine::Sum{});
         const int64_t stop = std::min((task % parts + 1) * per_part * Engine::kKeys, problem.keys);
-        for (int64_t k = task % parts * per_part * Engine::kKeys; k < stop; k += Engine::kKeys) {
-          const int count = static_cast<int>(std::min<int64_t>(problem.keys - k, Engine::kKeys));
-          const std::byte* key =
-              keys.data() + (member * group.key_blocks + k / Engine::kKeys) * key_bytes;
-          engine.start_keys(scratch);
+        const int64_t begin_keys = task % parts * per_part * Engine::kKeys;
+        for (int64_t k = begin_keys; k < stop; k += Engine::kKeyBlocks * Engine::kKeys) {
+          const auto for_key_blocks = [&](const auto& body) {
+            for (int i = 0; i < Engine::kKeyBlocks && k + i * Engine::kKeys < stop; ++i) {
+              const int64_t at = k + i * Engine::kKeys;
+              body(at, static_cast<int>(std::min<int64_t>(problem.keys - at, Engine::kKeys)), i);
+            }
+          };
+          engine.start_keys(problem, scratch);
           for (int64_t q = 0; q < problem.queries; q += Engine::kQueries) {
             const int64_t block = q / Engine::kQueries;
-            const int64_t left = std::min<int64_t>(problem.queries - q, Engine::kQueries);
-            engine.differentiate(
-                key, count, queries.data() + (member * group.query_blocks + block) * query_bytes,
-                static_cast<int>(left), grad_query + block * engine.grad_query_size(), scratch);
+            const std::byte* query =
+                queries.data() + (member * group.query_blocks + block) * query_bytes;
+            const auto left = std::min<int64_t>(problem.queries - q, Engine::kQueries);
+            for_key_blocks([&](int64_t at, int count, int i) {
+              const int64_t place = member * group.key_blocks + at / Engine::kKeys;
+              engine.differentiate(keys.data() + place * key_bytes, count, query,
+                                   static_cast<int>(left),
+                                   grad_query + block * engine.grad_query_size(), i, scratch);
+            });
           }
-          engine.finish_keys(problem, k, count, scratch);
+          for_key_blocks([&](int64_t at, int count, int i) {
+            engine.finish_keys(problem, at, count, i, scratch);
+          });
         }
       }
     });

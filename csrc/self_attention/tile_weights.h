@@ -47,9 +47,9 @@ MAFNET_TARGET_TILES inline __attribute__((always_inline)) __m512i next_piece(__m
 // A row of a tile of B from two tokens: pairs, the first in the lower halves.
 template <int kPieces>
 MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_pairs(__m512 first,
-                                                                          __m512 second,
-                                                                          uint16_t* to,
-                                                                          int64_t stride) {
+                                                                           __m512 second,
+                                                                           uint16_t* to,
+                                                                           int64_t stride) {
   if constexpr (kPieces == 1) {
     const __m512i low = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -66,8 +66,8 @@ MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_pairs(__m51
 // A row of a tile of A from two vectors of 16 tokens.
 template <int kPieces>
 MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_row(__m512 first,
-                                                                        __m512 second,
-                                                                        uint16_t* to) {
+                                                                         __m512 second,
+                                                                         uint16_t* to) {
   if constexpr (kPieces == 1) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
   } else {
@@ -104,7 +104,8 @@ MAFNET_TARGET_TILES void take_weights(const WeightsOf& of, float scale, float* l
       most[i] = _mm512_max_ps(_mm512_load_ps(of.score + (k + i) * kTile), most[i]);
     }
   }
-  const __m512 now = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
+  const __m512 now =
+      _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
   const __m512 factor = _mm512_set1_ps(scale * kLog2E);
   // Scores of -inf have the weight 0, also while there is no other.
   const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -170,7 +171,8 @@ MAFNET_TARGET_TILES void take_gradients(const GradientsOf& of, uint16_t* weights
       store_row<kPieces>(weight[0], weight[1], weights + row);
       store_row<kPieces>(grad[0][i], grad[1][i], grads + row);
     }
-    uint16_t* line = pairs + k / kTileDepth * kPieces * pair_stride + k % kTileDepth / 2 * kTileDepth;
+    uint16_t* line =
+        pairs + k / kTileDepth * kPieces * pair_stride + k % kTileDepth / 2 * kTileDepth;
     for (int n = 0; n < 2; ++n) {
       store_pairs<kPieces>(grad[n][0], grad[n][1], line + n * kTileFactors, pair_stride);
     }

@@ -27,7 +27,7 @@ struct Step {
   int a, b;
 };
 
-// Which pieces are multiplied, small ones first.
+// Which pieces are multiplied, ordered so that a product shares a factor with the one before.
 std::vector<Step> piece_pairs(int pieces);
 
 // How a matrix is laid out along the depth that products sum over: its pieces follow each other, or
@@ -47,7 +47,8 @@ std::vector<Step> token_steps(int tiles, int pieces);
 // number m * tiles + t. The number of rows is that of `from`; what tiles have more stays.
 void pack_a(const float* from, int64_t stride, int rows, const DepthPlan& plan, int depth,
             uint16_t* to);
-// From depth x columns numbers to tiles of B: tile t of columns 16 n is number t * columns / 16 + n.
+// From depth x columns numbers to tiles of B: tile t of columns 16 n is number t * columns / 16 +
+// n.
 void pack_b(const float* from, int64_t stride, int columns, const DepthPlan& plan, int depth,
             uint16_t* to);
 // The same with a depth of tokens, for token_steps. tiles: of A in a row.

@@ -90,6 +90,11 @@ def _attention(batch: int, size: Size) -> list[Tensor]:
     return [uniform(batch, 2, length, d, seed=s) for s, d in enumerate((3, 3, 5))]
 
 
+def _attention_backward(tensors: list[Tensor]) -> tuple[object, ...]:
+    out, lse = torch.ops.mafnet_ops.self_attention_forward(*tensors, 1.0, [])
+    return (torch.ones_like(out), *tensors, out, lse, 1.0, [], False)
+
+
 PYRAMID_KERNELS = {"pool_2": 3, "conv_2": 3, "mask": 3}
 
 
@@ -194,7 +199,10 @@ CONTRACTS = (
         _attention,
         terms=81,
         batched=(0, 1, 2),
-        refuses={THREADS: MATMUL},
+        raw={
+            "self_attention_forward": lambda t: (*t, 1.0, []),
+            "self_attention_backward": _attention_backward,
+        },
     ),
     Contract(
         "pyramid_spatial_attention",
