@@ -285,13 +285,17 @@ def _metrics(a: argparse.Namespace) -> None:
 def _add_export(commands: Any) -> None:
     p = commands.add_parser(
         "export",
-        help="write a model for other runtimes",
-        description="Write a model for clips of T frames of any height and width as ONNX, or compiled for this "
-        "kind of processor.",
+        help="write a model as ONNX",
+        description="Write a model for clips of T frames of any height and width as ONNX.",
     )
     p.add_argument("--model", default="lite", metavar="NAME|PATH", help="default lite")
-    p.add_argument("--onnx", type=Path, metavar="FILE", help="needs pip install 'mafnet[onnx]'")
-    p.add_argument("--aoti", type=Path, metavar="FILE.pt2", help="compiled by AOTInductor")
+    p.add_argument(
+        "--onnx",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to; needs pip install 'mafnet[onnx]'",
+    )
     p.add_argument("--frames", type=_positive, default=5, metavar="T", help="of a clip (default 5)")
     p.add_argument("--opset", type=_positive, default=20, metavar="N", help="of ONNX (default 20)")
     p.add_argument(
@@ -305,15 +309,9 @@ def _add_export(commands: Any) -> None:
 def _export(a: argparse.Namespace) -> None:
     from mafnet import MAFnet, export
 
-    if a.onnx is None and a.aoti is None:
-        raise UsageError("give --onnx FILE or --aoti FILE")
     net = MAFnet.from_pretrained(a.model)
-    if a.onnx is not None:
-        export.export_onnx(net, a.onnx, a.frames, a.opset, not a.no_deform_conv)
-        print(f"{a.onnx}: ONNX, opset {a.opset}, clips of {a.frames} frames")
-    if a.aoti is not None:
-        export.export_compiled(net, a.aoti, a.frames)
-        print(f"{a.aoti}: compiled, clips of {a.frames} frames")
+    export.export_onnx(net, a.onnx, a.frames, a.opset, not a.no_deform_conv)
+    print(f"{a.onnx}: ONNX, opset {a.opset}, clips of {a.frames} frames")
 
 
 def _doctor(_: argparse.Namespace) -> int | None:

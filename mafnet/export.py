@@ -1,4 +1,4 @@
-"""A trained network as one file for other runtimes: ONNX, or a library compiled by AOTInductor."""
+"""A trained network as one ONNX file for other runtimes."""
 
 from __future__ import annotations
 
@@ -96,17 +96,3 @@ def export_onnx(
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-def export_compiled(net: nn.Module, path: str | Path, frames: int = 5) -> None:
-    """Compile with AOTInductor, for this machine's kind of processor, into a package (``.pt2``).
-
-    ``torch._inductor.aoti_load_package(path)`` gives the function back, after ``import mafnet_ops``, whose kernels it
-    calls.
-    """
-    path = Path(path)
-    if path.suffix != ".pt2":
-        raise ExportError(f"{path}: expected a name that ends with .pt2")
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: the folder {path.parent} does not exist")
-    torch._inductor.aoti_compile_and_package(export_program(net, frames), package_path=str(path))

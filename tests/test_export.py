@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mafnet_ops
 from mafnet import MAFnet
 from mafnet.cli import main
-from mafnet.export import ExportError, export_compiled, export_onnx
+from mafnet.export import ExportError, export_onnx
 from mafnet_ops import onnx as onnx_ops
 
 SIZES = ((9, 11), (16, 8), (5, 7))
@@ -148,8 +148,6 @@ def test_what_cannot_be_exported(options: dict[str, int], message: str, tmp_path
         export_onnx(build(), tmp_path / "net.onnx", **options)  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=r"the folder .*none does not exist"):
         export_onnx(build(), tmp_path / "none" / "net.onnx")
-    with pytest.raises(ExportError, match=r"expected a name that ends with \.pt2"):
-        export_compiled(build(), tmp_path / "net.so")
     assert not list(tmp_path.iterdir())
 
 
@@ -159,17 +157,10 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export_onnx(build(), tmp_path / "net.onnx")
 
 
-def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr("mafnet.export.export_onnx", lambda net, *options: calls.append(options))
-    monkeypatch.setattr(
-        "mafnet.export.export_compiled", lambda net, *options: calls.append(options)
-    )
-    onnx, compiled = tmp_path / "a.onnx", tmp_path / "a.pt2"
-    line = f"export --model lite --onnx {onnx} --aoti {compiled} --frames 3 --opset 22 --no-deform-conv"
-    assert main(line.split()) == 0
-    assert calls == [(onnx, 3, 22, False), (compiled, 3)]
-    assert main(["export"]) == 1
-    assert "mafnet: error: give --onnx FILE or --aoti FILE" in capsys.readouterr().err
+    path = tmp_path / "a.onnx"
+    assert main(f"export --onnx {path} --frames 3 --opset 22 --no-deform-conv".split()) == 0
+    assert main(f"export --onnx {path}".split()) == 0
+    assert calls == [(path, 3, 22, False), (path, 5, 20, True)]
