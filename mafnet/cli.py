@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_degrade(commands)
     _add_metrics(commands)
+    _add_export(commands)
     doctor = commands.add_parser("doctor", help="say which backend runs each operator, and why")
     doctor.set_defaults(handler=_doctor)
     return parser
@@ -279,6 +280,38 @@ def _metrics(a: argparse.Namespace) -> None:
         print(f"{name}  {scores[-1][0]:.3f} dB  {scores[-1][1]:.5f}")
     psnr, ssim = np.mean(scores, axis=0)
     print(f"mean of {len(scores)}  {psnr:.3f} dB  {ssim:.5f}")
+
+
+def _add_export(commands: Any) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a model as ONNX",
+        description="Write a model for clips of T frames of any height and width as ONNX.",
+    )
+    p.add_argument("--model", default="lite", metavar="NAME|PATH", help="default lite")
+    p.add_argument(
+        "--onnx",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where to; needs pip install 'mafnet[onnx]'",
+    )
+    p.add_argument("--frames", type=_positive, default=5, metavar="T", help="of a clip (default 5)")
+    p.add_argument("--opset", type=_positive, default=20, metavar="N", help="of ONNX (default 20)")
+    p.add_argument(
+        "--no-deform-conv",
+        action="store_true",
+        help="ONNX without DeformConv: GridSample in its place, for runtimes that lack it",
+    )
+    p.set_defaults(handler=_export)
+
+
+def _export(a: argparse.Namespace) -> None:
+    from mafnet import MAFnet, export
+
+    net = MAFnet.from_pretrained(a.model)
+    export.export_onnx(net, a.onnx, a.frames, a.opset, not a.no_deform_conv)
+    print(f"{a.onnx}: ONNX, opset {a.opset}, clips of {a.frames} frames")
 
 
 def _doctor(_: argparse.Namespace) -> int | None:

@@ -69,7 +69,7 @@ def pair(op: str, argument: str, value: int | Sequence[int], minimum: int) -> tu
     """An int or a pair of ints, each at least ``minimum``, as a pair."""
     items = (value, value) if isinstance(value, int) else value
     ok = isinstance(items, Sequence) and len(items) == 2
-    ok = ok and all(isinstance(v, int) and v >= minimum for v in items)
+    ok = ok and all(isinstance(v, (int, torch.SymInt)) and v >= minimum for v in items)
     require(ok, op, argument, f"an int or a pair of ints >= {minimum}", value)
     return items[0], items[1]
 

@@ -391,9 +391,8 @@ class SelfAttention(nn.Module):
             conv(input).flatten(2).transpose(1, 2).unsqueeze(1)
             for conv in (self.query, self.key, self.value)
         )
-        if self.window is None or (height <= self.window and width <= self.window):
-            out = self_attention(query, key, value)
-        else:
-            out = self_attention(query, key, value, 1.0, self.window, (height, width))
+        # A frame smaller than the window is one, smaller, window: no case of its own, which export would have to fix.
+        size = None if self.window is None else (height, width)
+        out = self_attention(query, key, value, 1.0, self.window, size)
         out = out.squeeze(1).transpose(1, 2).reshape(input.shape)
         return input + self.gamma.to(out.dtype) * out

@@ -24,7 +24,7 @@ from mafnet.data.degrade import bd_downscale, bi_downscale
 from mafnet.video import EncodeSettings, UpscaleOptions, UpscaleReport
 from mafnet.video.read import VideoReader
 
-COMMANDS = ["upscale", "demo", "train", "eval", "degrade", "metrics", "doctor"]
+COMMANDS = ["upscale", "demo", "train", "eval", "degrade", "metrics", "export", "doctor"]
 
 
 @pytest.fixture

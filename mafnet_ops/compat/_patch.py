@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any
 
+from .._exchange import exchange, stand_in
 from . import basicsr, mmagic, mmcv, torchvision
 
 Function = Callable[..., Any]
@@ -75,13 +74,13 @@ class _Replacement:
 
     def put_in(self) -> None:
         if isinstance(self.owner, ModuleType):
-            _exchange(self.old, self.new)
+            exchange(self.old, self.new)
         else:
             self.owner.forward = self.new
 
     def take_out(self) -> None:
         if isinstance(self.owner, ModuleType):
-            _exchange(self.new, self.old)
+            exchange(self.new, self.old)
         else:
             self.owner.forward = self.old
 
@@ -162,15 +161,4 @@ def _find(place: str, new: Function, is_forward: bool) -> _Replacement:
     if is_forward:
         owner = getattr(module, name)
         return _Replacement(place, new, owner, owner.forward)
-    # A function of its own for each patch: taking it out must not touch who imported the drop-in itself.
-    own = functools.wraps(new)(lambda *args, **kwargs: new(*args, **kwargs))
-    return _Replacement(place, own, module, getattr(module, name))
-
-
-def _exchange(old: Function, new: Function) -> None:
-    """In the namespaces of all imported modules."""
-    for module in list(sys.modules.values()):
-        # vars() and not getattr(): the latter would import what lazy modules put off. Some entries are no modules.
-        names = getattr(module, "__dict__", {})
-        for name in [name for name, value in list(names.items()) if value is old]:
-            setattr(module, name, new)
+    return _Replacement(place, stand_in(new), module, getattr(module, name))

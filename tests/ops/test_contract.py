@@ -7,8 +7,11 @@ compilation, errors.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from tolerances import assert_as_accurate, assert_same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mafnet_ops
@@ -307,6 +311,44 @@ def test_export(contract: Contract) -> None:
     torch.testing.assert_close(program.module()(*tensors), contract.call(*tensors))
 
 
+@feature("activation checkpointing")
+@ops
+def test_checkpoint(contract: Contract) -> None:
+    """Computed again in the backward, from one thread of autograd's: the same bits."""
+    tensors = contract.tensors(2, SIZE, torch.float32, "cpu")
+
+    def checkpointed(*leaves: Tensor) -> Tensor:
+        output: Tensor = checkpoint(contract.call, *leaves, use_reentrant=False)
+        return output
+
+    for a, b in zip(run(checkpointed, tensors), run(contract.call, tensors)):
+        assert_same(a, b)
+
+
+@feature("torch.autograd.detect_anomaly")
+@ops
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_anomaly_mode(contract: Contract) -> None:
+    tensors = contract.tensors(2, SIZE, torch.float32, "cpu")
+    expected = run(contract.call, tensors)
+    with torch.autograd.detect_anomaly():
+        for a, b in zip(run(contract.call, tensors), expected):
+            assert_same(a, b)
+
+
+@feature("called from several threads at once")
+@ops
+def test_concurrent_calls(contract: Contract) -> None:
+    """Each thread has its own tensors and gets what it would get alone."""
+    several = [[t + k for t in contract.tensors(2, SIZE, torch.float32, "cpu")] for k in range(4)]
+    expected = [run(contract.call, tensors) for tensors in several]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for results, e in zip(pool.map(lambda t: run(contract.call, t), several), expected):
+                for a, b in zip(results, e):
+                    assert_same(a, b)
+
+
 @feature("counted by torch's FLOP counter")
 @ops
 def test_flops(contract: Contract) -> None:
@@ -341,6 +383,27 @@ def test_errors(contract: Contract) -> None:
         with pytest.raises(kind) as caught:
             contract.call(*arguments)
         assert message.fullmatch(str(caught.value)), f"{what}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        mafnet_ops.ModulatedDeformConv2d(4, 6, (3, 1), 2, groups=2),
+        mafnet_ops.DeformAlign(4, 6, max_residue_magnitude=3.0),
+        mafnet_ops.SelfAttention(8, window=4),
+        mafnet_ops.PyramidSpatialAttention(4, mask_from="feature"),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_modules_copy_and_pickle(module: torch.nn.Module) -> None:
+    """With their options; a copy shares no parameter."""
+    for same in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(same) == repr(module)
+        options = [k for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))]
+        assert {k: vars(same)[k] for k in options} == {k: vars(module)[k] for k in options}
+        for (name, a), (other, b) in zip(same.named_parameters(), module.named_parameters()):
+            assert name == other and a.data_ptr() != b.data_ptr()
+            assert_same(a, b)
 
 
 def test_every_op_is_in_the_contract() -> None:
