@@ -464,9 +464,7 @@ def _convolution_backward(name: str) -> Any:
     return backward
 
 
-def _pool_backward(
-    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
-) -> _Grads:
+def _pool_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return (torch.ops.mafnet_ops.pool_concat_backward(grad, tensors[0]),)
 
 
@@ -483,9 +481,7 @@ def _resize_backward(
     return grad_input, grad.clone() if needs[1] else grad.new_empty((0, *other.shape[1:]))
 
 
-def _gate_backward(
-    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
-) -> _Grads:
+def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.spatial_gate_backward(grad, *tensors, *options, *needs)
 
 
