@@ -92,7 +92,12 @@ class _ForwardWithJvp(_Forward):
 
 
 def _run_backward(
-    name: str, options: Options, needs: tuple[bool, ...], grad: Tensor, output: Tensor, *tensors: Optional
+    name: str,
+    options: Options,
+    needs: tuple[bool, ...],
+    grad: Tensor,
+    output: Tensor,
+    *tensors: Optional,
 ) -> tuple[Tensor, ...]:
     op = OPS[name]
     used = op.tensors
@@ -127,7 +132,9 @@ class _Backward(torch.autograd.Function):
         function = _reference_vjp(ctx.name, ctx.options, present[1:], ctx.needs)
         results = iter(jvp_by_vjp(function, given, filled))
         return tuple(
-            next(results) if need else primals[0].new_zeros((0, *(() if t is None else t.shape[1:])))
+            next(results)
+            if need
+            else primals[0].new_zeros((0, *(() if t is None else t.shape[1:])))
             for need, t in zip(ctx.needs, primals[1:])
         )
 

@@ -464,9 +464,7 @@ def _convolution_backward(name: str) -> Any:
     return backward
 
 
-def _pool_backward(
-    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
-) -> _Grads:
+def _pool_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return (torch.ops.mafnet_ops.pool_concat_backward(grad, tensors[0]),)
 
 
@@ -483,9 +481,7 @@ def _resize_backward(
     return grad_input, grad.clone() if needs[1] else grad.new_empty((0, *other.shape[1:]))
 
 
-def _gate_backward(
-    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
-) -> _Grads:
+def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.spatial_gate_backward(grad, *tensors, *options, *needs)
 
 
@@ -503,19 +499,18 @@ def _pointwise_reference(
     return reference.pointwise_conv(input, weight, bias, negative_slope)
 
 
-for _op, _backward, _reference, _count, _images in (
+_CONVOLUTIONS: dict[str, Any] = {
+    "pointwise_conv": _pointwise_reference,
+    "pool_concat_conv": reference.pool_concat_conv,
+    "resize_conv": reference.resize_conv,
+}
+_PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...]], ...] = (
     ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,)),
     ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1)),
     ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1)),
-    *(
-        (name, _convolution_backward(name), function, 3, (0,))
-        for name, function in (
-            ("pointwise_conv", _pointwise_reference),
-            ("pool_concat_conv", reference.pool_concat_conv),
-            ("resize_conv", reference.resize_conv),
-        )
-    ),
-):
+    *((op, _convolution_backward(op), define, 3, (0,)) for op, define in _CONVOLUTIONS.items()),
+)
+for _op, _backward, _reference, _count, _images in _PARTS:
     _forward = getattr(torch.ops.mafnet_ops, f"{_op}_forward")
     _native.OPS[_op] = _native.NativeOp(_forward, _backward, _reference, _count, _images)
 

@@ -31,8 +31,8 @@ Tensor grad_like(const Tensor& like, bool wanted) {
 }
 
 Tensor grad_weight_like(const Tensor& weight, bool wanted) {
-  return empty_on(weight, {wanted ? weight.size(0) : 0, weight.size(1), weight.size(2),
-                           weight.size(3)},
+  return empty_on(weight,
+                  {wanted ? weight.size(0) : 0, weight.size(1), weight.size(2), weight.size(3)},
                   weight.scalar_type(), MemoryFormat::Contiguous);
 }
 
@@ -114,7 +114,8 @@ void flatten(ImageOf<Pointer>& image, int width) {
   if (width == 1) image.stride[3] = image.stride[2];
 }
 
-// One long row instead of many, where the strides of all images allow that: pixels are on their own.
+// One long row instead of many, where the strides of all images allow that: pixels are on their
+// own.
 void flatten_pixels(PyramidConvParams& p) {
   if (int64_t{p.height} * p.width > std::numeric_limits<int>::max() / 2) return;
   if (!is_flat(p.input, p.height, p.width) || !is_flat(p.output, p.height, p.width) ||
@@ -161,8 +162,7 @@ Tensor conv_forward(const char* op, ConvCall& call, const Tensor& input, bool ch
 }
 
 Three conv_backward(const char* op, ConvCall& call, const Tensor& grad_output, const Tensor& input,
-                    const Tensor& weight, const Tensor& output,
-                    const std::array<bool, 3>& needs,
+                    const Tensor& weight, const Tensor& output, const std::array<bool, 3>& needs,
                     int (*launch)(const PyramidConvParams&, void*), bool pixelwise = false) {
   PyramidConvParams& p = call.params;
   check_like(op, "grad_output", grad_output, input);
@@ -189,18 +189,17 @@ Three conv_backward(const char* op, ConvCall& call, const Tensor& grad_output, c
 // -------------------------------------------------------------------------------- convolutions
 
 Tensor pointwise_conv_forward(const Tensor& input, const Tensor& weight,
-                              const std::optional<Tensor>& bias, double slope,
-                              bool channels_last) {
+                              const std::optional<Tensor>& bias, double slope, bool channels_last) {
   constexpr const char* kOp = "pointwise_conv";
   check_dims(kOp, "input", input, 4);
-  ConvCall call = make_call(kOp, Form::kPointwise, input, &weight, bias, input.size(2),
-                            input.size(3), slope);
+  ConvCall call =
+      make_call(kOp, Form::kPointwise, input, &weight, bias, input.size(2), input.size(3), slope);
   return conv_forward(kOp, call, input, channels_last, &launch_pointwise_conv_forward, true);
 }
 
 Three pointwise_conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                              const Tensor& output, double slope, bool need_input,
-                              bool need_weight, bool need_bias) {
+                              const Tensor& output, double slope, bool need_input, bool need_weight,
+                              bool need_bias) {
   constexpr const char* kOp = "pointwise_conv";
   check_dims(kOp, "input", input, 4);
   ConvCall call = make_call(kOp, Form::kPointwise, input, &weight, std::nullopt, input.size(2),
@@ -314,8 +313,9 @@ Tensor resize_add_backward(const Tensor& grad_output, int64_t height, int64_t wi
   check_dims(kOp, "grad_output", grad_output, 4);
   check_size(kOp, height, width);
   DeviceScope scope(grad_output);
-  Tensor grad_input = empty_on(grad_output, {grad_output.size(0), grad_output.size(1), height, width},
-                               grad_output.scalar_type(), memory_format_of(grad_output));
+  Tensor grad_input =
+      empty_on(grad_output, {grad_output.size(0), grad_output.size(1), height, width},
+               grad_output.scalar_type(), memory_format_of(grad_output));
   ResizeAddParams p = make_resize(grad_input, grad_output.size(2), grad_output.size(3));
   p.grad_output = source_of(kOp, "grad_output", grad_output);
   p.grad_input = target_of(kOp, grad_input);

@@ -19,7 +19,8 @@ struct BitsOf<float> {
 constexpr int kBlock = 96;  // pixels whose rows of 64 channels fit the second cache several times
 
 // exp(x) to 2 units in the last place, V is float or a vector of floats: 2^n by the bits of a
-// float, e^r by a polynomial of degree 6 on |r| <= ln(2) / 2. From 89 on infinite, never below e^-87.
+// float, e^r by a polynomial of degree 6 on |r| <= ln(2) / 2. From 89 on infinite, never below
+// e^-87.
 template <typename V>
 MAFNET_INLINE V exponential(const V& x, float) {
   using Bits = typename BitsOf<V>::type;
@@ -95,14 +96,15 @@ struct Block {
     y = static_cast<int>(index / gate.per_row % p.height);
     n = index / gate.per_row / p.height;
     count = std::min(kBlock, p.width - x);
-    copy_row(p.mask, n, y, x, count, p.channels, masks.data(), gate.row);
+    mask = rows_of(p.mask, n, y, x, count, p.width, p.channels, masks.data(), gate.row);
     fill_rows(gate.bias.data(), gate.row, count, features.data(), gate.row);
-    gate.product.add(masks.data(), gate.row, count, features.data(), gate.row, scratch.data());
+    gate.product.add(mask.data, mask.stride, count, features.data(), gate.row, scratch.data());
   }
 
   size_t size;
   int64_t n = 0;
   int y = 0, x = 0, count = 0;
+  Row<A> mask{nullptr, 0};
   Buffer<A> masks, features, values;  // features before their activation
   Buffer<uint16_t> scratch;
 };
@@ -118,18 +120,29 @@ void forward(const SpatialGateParams& p) {
           block.read(p, gate, index);
           const Row<A> input = read_row(p.input, block.n, block.y, block.x, block.count, p.channels,
                                         block.values.data(), gate.row);
-          A* out = block.features.data();
-          const A *masks = block.masks.data(), scale = gate.scale, slope = gate.slope;
+          A* features = block.features.data();
+          const bool dense = p.output.dtype == kDense<A> && p.output.stride[1] == 1;
+          A* out = features;
+          int64_t out_stride = gate.row;
+          if (dense) {
+            out = static_cast<A*>(p.output.data) + element_at(p.output, block.n, block.y, block.x);
+            out_stride = p.output.stride[3];
+          }
+          const Row<A> mask = block.mask;
+          const A scale = gate.scale, slope = gate.slope;
           const int row = gate.row, channels = p.channels, count = block.count;
           const bool from_feature = p.from_feature;
           for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
             using V = typename decltype(type)::type;
-            const int at = i * row + c;
-            const V feature = leaky_relu(load<V>(out + at), slope);
-            const V gated = sigmoid(from_feature ? feature : load<V>(masks + at), A{}) * scale;
-            store<V>(out + at, load<V>(input.data + i * input.stride + c) * gated + feature);
+            const V feature = leaky_relu(load<V>(features + i * row + c), slope);
+            const V from = from_feature ? feature : load<V>(mask.data + i * mask.stride + c);
+            const V gated = sigmoid(from, A{}) * scale;
+            store<V>(out + i * out_stride + c,
+                     load<V>(input.data + i * input.stride + c) * gated + feature);
           });
-          write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
+          if (!dense) {
+            write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
+          }
         }
       });
 }
@@ -157,12 +170,11 @@ void backward(const SpatialGateParams& p) {
       block.read(p, gate, index);
       const int64_t n = block.n;
       const int y = block.y, x = block.x, count = block.count;
-      const Row<A> input =
-          read_row(p.input, n, y, x, count, channels, block.values.data(), row);
-      const Row<A> grad =
-          read_row(p.grad_output, n, y, x, count, channels, outputs.data(), row);
+      const Row<A> input = read_row(p.input, n, y, x, count, channels, block.values.data(), row);
+      const Row<A> grad = read_row(p.grad_output, n, y, x, count, channels, outputs.data(), row);
       A *features = block.features.data(), *to_input = to_inputs.data(), *to_mask = to_masks.data();
-      const A *masks = block.masks.data(), scale = gate.scale, slope = gate.slope;
+      const Row<A> mask = block.mask;
+      const A scale = gate.scale, slope = gate.slope;
       const bool from_feature = p.from_feature;
       // features become the gradients of what the activation got.
       for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
@@ -171,7 +183,8 @@ void backward(const SpatialGateParams& p) {
         const V in = load<V>(input.data + i * input.stride + c);
         const V g = load<V>(grad.data + i * grad.stride + c), before = load<V>(features + at);
         const V feature = leaky_relu(before, slope);
-        const V gated = sigmoid(from_feature ? feature : load<V>(masks + at), A{});
+        const V gated =
+            sigmoid(from_feature ? feature : load<V>(mask.data + i * mask.stride + c), A{});
         store<V>(to_input + at, g * gated * scale);
         const V to_gate = g * in * scale * (gated * (A{1} - gated));
         const V to_feature = from_feature ? g + to_gate : g, small = slope * to_feature;
@@ -183,7 +196,7 @@ void backward(const SpatialGateParams& p) {
       }
       if (need_weight) {
         const int64_t chunk = index / per_chunk;
-        multiply(Matrix<A>{features, 1, row}, masks, row, channels, count, row,
+        multiply(Matrix<A>{features, 1, row}, mask.data, mask.stride, channels, count, row,
                  partials.weight(chunk), row, true);
         add_rows(features, row, count, row, partials.bias(chunk));
       }

@@ -7,7 +7,7 @@ namespace mafnet {
 namespace {
 
 // Pixels of a product: the rows and sums of 128 channels stay in the second cache.
-constexpr int kBlock = 192;
+constexpr int kBlock = 96;
 
 // The rows that the weight multiplies: input pixels, or pooled ones.
 template <typename A>
@@ -18,12 +18,13 @@ class Features {
 
   int channels() const { return pooled_ ? 2 * p_.channels : p_.channels; }
 
-  void read(int64_t n, int y, int x, int count, A* rows, int64_t stride) {
-    if (pooled_) {
-      pool_row(reader_.read(n, y, x, count), x, count, p_.width, p_.channels, rows, stride);
-    } else {
-      copy_row(p_.input, n, y, x, count, p_.channels, rows, stride);
+  // Of output pixels x ... x + count - 1, in buffer or where they lie.
+  Row<A> read(int64_t n, int y, int x, int count, A* buffer, int64_t stride) {
+    if (!pooled_) {
+      return rows_of(p_.input, n, y, x, count, p_.width, p_.channels, buffer, stride);
     }
+    pool_row(reader_.read(n, y, x, count), x, count, p_.width, p_.channels, buffer, stride);
+    return {buffer, stride};
   }
 
  private:
@@ -44,6 +45,7 @@ void forward(const PyramidConvParams& p, bool pooled) {
   const int64_t pixels = int64_t{p.out_height} * p.out_width;
   prepare(p.output, p.batch, p.out_channels * pixels);
 
+  const A slope = static_cast<A>(p.negative_slope);
   const int64_t per_row = divide_up(p.out_width, kBlock);
   torch::stable::parallel_for(
       0, p.batch * p.out_height * per_row, 1, [&](int64_t begin, int64_t end) {
@@ -55,11 +57,10 @@ void forward(const PyramidConvParams& p, bool pooled) {
           const int y = static_cast<int>(task / per_row % p.out_height);
           const int64_t n = task / per_row / p.out_height;
           const int count = std::min(kBlock, p.out_width - x);
-          features.read(n, y, x, count, rows.data(), row);
+          const Row<A> read = features.read(n, y, x, count, rows.data(), row);
           fill_rows(bias.data(), out, count, sums.data(), out);
-          product.add(rows.data(), row, count, sums.data(), out, scratch.data());
-          activate(sums.data(), count, out, static_cast<A>(p.negative_slope));
-          write_row(sums.data(), out, count, p.out_channels, p.output, n, y, x);
+          product.add(read.data, read.stride, count, sums.data(), out, scratch.data());
+          write_activated(sums.data(), out, count, p.out_channels, slope, p.output, n, y, x);
         }
       });
 }
@@ -82,7 +83,7 @@ class Unpooler {
   // above y, which the last row before began.
   void add(int64_t n, int y, const A* grad_features, int64_t stride, bool closing) {
     Buffer<A>*above = &rows_[first_ % 3], *centre = &rows_[(first_ + 1) % 3],
-        *below = &rows_[(first_ + 2) % 3];
+    *below = &rows_[(first_ + 2) % 3];
     if (!carried_) above->resize(size_);
     centre->resize(size_);
     below->resize(size_);
@@ -116,7 +117,6 @@ class Unpooler {
   bool carried_ = false;
 };
 
-
 template <typename A>
 void backward(const PyramidConvParams& p, bool pooled) {
   const int depth = pooled ? 2 * p.channels : p.channels;
@@ -148,8 +148,7 @@ void backward(const PyramidConvParams& p, bool pooled) {
     const auto read_grads = [&](int64_t n, int y, int x, int count) {
       copy_row(p.grad_output, n, y, x, count, p.out_channels, grads.data(), out);
       if (slope == A{1}) return;
-      const Row<A> read =
-          read_row(result, n, y, x, count, p.out_channels, results.data(), out);
+      const Row<A> read = read_row(result, n, y, x, count, p.out_channels, results.data(), out);
       activate_backward(read, count, p.out_channels, slope, grads.data(), out);
     };
     const auto to_input = [&](int64_t n, int y, int x, int count, bool closing) {
@@ -172,9 +171,9 @@ void backward(const PyramidConvParams& p, bool pooled) {
         if (y == 0) unpooler.start();
         read_grads(n, y, x, count);
         if (need_weight) {
-          features.read(n, y, x, count, pixels.data(), row);
-          multiply(Matrix<A>{grads.data(), 1, out}, pixels.data(), row, p.out_channels, count, row,
-                   partials.weight(chunk), row, true);
+          const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
+          multiply(Matrix<A>{grads.data(), 1, out}, read.data, read.stride, p.out_channels, count,
+                   row, partials.weight(chunk), row, true);
           add_rows(grads.data(), out, count, out, partials.bias(chunk));
         }
         if (!need_input) continue;

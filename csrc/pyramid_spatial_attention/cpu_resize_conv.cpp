@@ -1,7 +1,8 @@
 // resize_conv: a 3 x 3 convolution of a bilinearly resized map, which is never made.
 //
 // Resizing and multiplying by a tap's weight commute: the nine products are taken of the small map,
-//   P[tap] = input W[tap],                                  (h w 9 C C_out products, not H W 9 C C_out)
+//   P[tap] = input W[tap],                                  (h w 9 C C_out products, not H W 9 C
+//   C_out)
 // and their resized, shifted planes are added up, first along x, then along y:
 //   Z[ky](i, X) = sum over kx and the columns x that make X + kx - 1 of weight * P[ky, kx](i, x)
 //   output(Y, X) = bias + sum over ky and the rows i that make Y + ky - 1 of weight * Z[ky](i, X)
@@ -14,7 +15,8 @@ namespace {
 
 // Columns of output in a strip: P and the rows of Z that are alive stay in the second cache.
 constexpr int kStrip = 64;
-// Columns of input in a strip of backward, long enough for the sums of the weight's gradient to pay.
+// Columns of input in a strip of backward, long enough for the sums of the weight's gradient to
+// pay.
 constexpr int kBackwardStrip = 96;
 // Rows of Z that are kept: an output row needs at most 6, of which some may be the next one's.
 constexpr int kSlots = 8;
@@ -133,9 +135,8 @@ class Strip {
             parts[t] = {products_.data() + pixel + (3 * ky + terms[t].tap) * plan_.out,
                         terms[t].weight};
           }
-          combine<decltype(level)>(
-              parts, count, plan_.out,
-              mixed + (int64_t{ky} * kStrip + x - columns_.begin) * plan_.out);
+          combine<decltype(level)>(parts, count, plan_.out,
+                                   mixed + (int64_t{ky} * kStrip + x - columns_.begin) * plan_.out);
         }
       }
     });
@@ -188,17 +189,16 @@ void forward(const PyramidConvParams& p) {
   const int64_t wanted = threads == 1 ? 1 : divide_up(4 * threads, p.batch * strips);
   const int64_t bands = std::clamp<int64_t>(wanted, 1, divide_up(p.out_height, 8));
   const int band = static_cast<int>(divide_up(p.out_height, bands));
-  torch::stable::parallel_for(
-      0, p.batch * strips * bands, 1, [&](int64_t begin, int64_t end) {
-        Strip<A> strip(p, plan, product, bias.data(), most);
-        for (int64_t task = begin; task < end; ++task) {
-          const int first = static_cast<int>(task % bands) * band;
-          const int x = static_cast<int>(task / bands % strips) * kStrip;
-          strip.run(task / bands / strips,
-                    {std::min(first, p.out_height), std::min(first + band, p.out_height)},
-                    {x, std::min(p.out_width, x + kStrip)});
-        }
-      });
+  torch::stable::parallel_for(0, p.batch * strips * bands, 1, [&](int64_t begin, int64_t end) {
+    Strip<A> strip(p, plan, product, bias.data(), most);
+    for (int64_t task = begin; task < end; ++task) {
+      const int first = static_cast<int>(task % bands) * band;
+      const int x = static_cast<int>(task / bands % strips) * kStrip;
+      strip.run(task / bands / strips,
+                {std::min(first, p.out_height), std::min(first + band, p.out_height)},
+                {x, std::min(p.out_width, x + kStrip)});
+    }
+  });
 }
 
 // ------------------------------------------------------------------------------------ backward
@@ -379,8 +379,7 @@ void backward(const PyramidConvParams& p) {
     }
   }
   if (p.grad_bias != nullptr) {
-    scatter_pixels(partials.bias(0), plan.out, 1, p.out_channels,
-                   {p.grad_bias, p.dtype, 0, 0, 1});
+    scatter_pixels(partials.bias(0), plan.out, 1, p.out_channels, {p.grad_bias, p.dtype, 0, 0, 1});
   }
 }
 

@@ -1,6 +1,6 @@
 // Rows of pixels and products of their channels with a weight: what the CPU kernels of pyramid
-// spatial attention are made of. Rows are dense in the accumulators' type A, float or double, in the
-// caches; tensors have any dtype and strides.
+// spatial attention are made of. Rows are dense in the accumulators' type A, float or double, in
+// the caches; tensors have any dtype and strides.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,8 @@
 namespace mafnet {
 
 constexpr int padded_columns(int columns) { return round_up(columns, kColumnPad); }
-constexpr int padded_rows(int rows) { return round_up(rows, kRowPad); }
+// A multiple of the rows of every tile, of floats and of bfloat16.
+constexpr int padded_rows(int rows) { return round_up(rows, 2 * kRowPad); }
 
 template <typename A>
 constexpr Dtype kDense = sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
@@ -52,17 +53,28 @@ Row<A> read_row(const Source& image, int64_t n, int64_t y, int64_t x, int count,
 template <typename A>
 void copy_row(const Source& image, int64_t n, int64_t y, int64_t x, int count, int channels,
               A* buffer, int64_t buffer_stride) {
-  gather_pixels({image.data, image.dtype, element_at(image, n, y, x), image.stride[3],
-                 image.stride[1]},
-                count, channels, buffer, buffer_stride);
+  gather_pixels(
+      {image.data, image.dtype, element_at(image, n, y, x), image.stride[3], image.stride[1]},
+      count, channels, buffer, buffer_stride);
+}
+
+// Rows for a product: where they lie, if the rows that it reads beyond the last are pixels, too.
+template <typename A>
+Row<A> rows_of(const Source& image, int64_t n, int64_t y, int64_t x, int count, int width,
+               int channels, A* buffer, int64_t buffer_stride) {
+  if (x + padded_rows(count) <= width) {
+    return read_row(image, n, y, x, count, channels, buffer, buffer_stride);
+  }
+  copy_row(image, n, y, x, count, channels, buffer, buffer_stride);
+  return {buffer, buffer_stride};
 }
 
 template <typename A>
 void write_row(const A* rows, int64_t rows_stride, int count, int channels, const Target& image,
                int64_t n, int64_t y, int64_t x) {
-  scatter_pixels(rows, rows_stride, count, channels,
-                 {image.data, image.dtype, element_at(image, n, y, x), image.stride[3],
-                  image.stride[1]});
+  scatter_pixels(
+      rows, rows_stride, count, channels,
+      {image.data, image.dtype, element_at(image, n, y, x), image.stride[3], image.stride[1]});
 }
 
 inline Source as_source(const Target& image) {
@@ -152,7 +164,8 @@ MAFNET_INLINE V leaky_relu(const V& v, A slope) {
   return (v > V{}) ? v : small;
 }
 
-// Calls body(Type<V>{}, c) for vectors V of the channels 0 ... channels - 1 of rows 0 ... count - 1.
+// Calls body(Type<V>{}, c) for vectors V of the channels 0 ... channels - 1 of rows 0 ... count
+// - 1.
 template <typename A, typename Body>
 void for_rows(int count, int channels, const Body& body) {
   with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
@@ -171,6 +184,22 @@ void activate(A* rows, int count, int columns, A slope) {
     using V = typename decltype(type)::type;
     A* at = rows + int64_t{i} * columns + c;
     store<V>(at, leaky_relu(load<V>(at), slope));
+  });
+}
+
+// image = leaky_relu(rows), which are lost.
+template <typename A>
+void write_activated(A* rows, int columns, int count, int channels, A slope, const Target& image,
+                     int64_t n, int64_t y, int64_t x) {
+  if (image.dtype != kDense<A> || image.stride[1] != 1) {
+    activate(rows, count, columns, slope);
+    return write_row(rows, columns, count, channels, image, n, y, x);
+  }
+  A* to = static_cast<A*>(image.data) + element_at(image, n, y, x);
+  const int64_t stride = image.stride[3];
+  for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    store<V>(to + i * stride + c, leaky_relu(load<V>(rows + int64_t{i} * columns + c), slope));
   });
 }
 

@@ -153,6 +153,37 @@ def _align_backward(tensors: list[Tensor]) -> tuple[object, ...]:
     return (grad, input, raw, flow, None, weight, 0.25, *SAME_SIZE, 1, *[True] * 6, False)
 
 
+def _pooled_ones(input: Tensor, channels: int) -> Tensor:
+    batch, _, height, width = input.shape
+    return input.new_ones(batch, channels, (height + 1) // 2, (width + 1) // 2)
+
+
+def _gate_arguments(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """input, mask, weight, bias"""
+    return (tensors[0], tensors[0] - 0.5, tensors[8], tensors[16])
+
+
+def _pyramid_convolution(
+    op: str, layer: int, options: tuple[object, ...] = ()
+) -> dict[str, Callable[[list[Tensor]], tuple[object, ...]]]:
+    """Forward and backward of one of the raw convolutions; resize_conv is given a size of its own."""
+    size: tuple[int, ...] = (7, 9) if op == "resize_conv" else ()
+
+    def forward(tensors: list[Tensor]) -> tuple[object, ...]:
+        return (tensors[0], tensors[1 + layer], tensors[9 + layer], *size, 0.1, *options)
+
+    def backward(tensors: list[Tensor]) -> tuple[object, ...]:
+        input, weight = tensors[0], tensors[1 + layer]
+        output = {
+            "pointwise_conv": torch.ones_like(input),
+            "pool_concat_conv": _pooled_ones(input, 4),
+            "resize_conv": input.new_ones(input.shape[0], 4, 7, 9),
+        }[op]
+        return (output * 2, input, weight, output, 0.1, True, True, True)
+
+    return {f"{op}_forward": forward, f"{op}_backward": backward}
+
+
 SAME_SIZE = (1,) * 6  # stride, padding and dilation of a 3 x 3 kernel that keeps the size
 
 CONTRACTS = (
@@ -210,6 +241,21 @@ CONTRACTS = (
         _pyramid_baseline,
         _pyramid,
         terms=8 * 36,
-        refuses={THREADS: MATMUL},
+        raw={
+            "pool_concat_forward": lambda tensors: (tensors[0],),
+            "pool_concat_backward": lambda tensors: (_pooled_ones(tensors[0], 8), tensors[0]),
+            "resize_add_forward": lambda tensors: (tensors[0][:, :, :2, :3], tensors[0]),
+            "resize_add_backward": lambda tensors: (tensors[0], 2, 3),
+            **_pyramid_convolution("pointwise_conv", 0, (True,)),
+            **_pyramid_convolution("pool_concat_conv", 1),
+            **_pyramid_convolution("resize_conv", 6),
+            "spatial_gate_forward": lambda tensors: (*_gate_arguments(tensors), 2.0, 0.1, False),
+            "spatial_gate_backward": lambda tensors: (
+                tensors[0] + 1,
+                *_gate_arguments(tensors),
+                *(2.0, 0.1, True),
+                *[True] * 4,
+            ),
+        },
     ),
 )
