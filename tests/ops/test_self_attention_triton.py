@@ -26,8 +26,8 @@ from mafnet_ops import self_attention_triton as ours
 from mafnet_ops.self_attention_triton import Blocks
 
 pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import triton.language as tl
+from triton.runtime import interpreter
 
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = Blocks(16, 32, 4, 2)
@@ -52,14 +52,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mends Triton's interpreter: it cuts fp32 off to bfloat16 where a GPU rounds, and patches its language at each call.
+    """Mends Triton's interpreter: it cuts fp32 off to bfloat16 where a GPU rounds, and patches tl at every call.
 
     The second is two fifths of the time. Calls of helpers within a kernel need no patch of their own.
     """
     if torch.cuda.is_available():
         return
     convert, patch = interpreter._convert_float, interpreter._patch_lang
-    patched = False
+    patched: set[int] = set()
 
     def convert_float(array: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -70,18 +70,14 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(array, source, target, mode)
 
     def patch_once(function: Any) -> Any:
-        nonlocal patched
-        if patched:
+        module = id(function.__globals__)
+        if module in patched:
             return None
         scope = patch(function)
-        restore, patched = scope.restore, True
-
-        def restore_all() -> None:
-            nonlocal patched
-            restore()
-            patched = False
-
-        scope.restore = restore_all
+        patched.add(module)
+        if len(patched) == 1:  # a kernel; its helpers do not restore
+            restore = scope.restore
+            scope.restore = lambda: (restore(), patched.clear())
         return scope
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
