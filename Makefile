@@ -31,10 +31,11 @@ format: $(VENV)/tools
 
 build: $(VENV)/installed
 
-# All CUDA files for all architectures, whatever torch is installed; then their bars.
+# All CUDA files for all architectures, whatever torch is installed; then their bars, and those of the Triton kernels.
 kernels: $(VENV)/tools
 	MAFNET_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/kernels
 	$(BIN)/python benchmarks/kernel_report.py
+	$(BIN)/python benchmarks/triton_report.py
 
 demo: build/venv-demo/installed
 	build/venv-demo/bin/mafnet demo

@@ -116,7 +116,12 @@ STAGES = (
             *("ncu", "--clock-control", "none", "--launch-count", "12"),
             *("--csv", "--log-file", "{results}/ncu--{device}.csv"),
             *("--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis"),
-            *("--section", "Occupancy", "--kernel-name", "regex:flow_warp|deform_conv2d"),
+            *(
+                "--section",
+                "Occupancy",
+                "--kernel-name",
+                "regex:flow_warp|deform_conv2d|self_attention",
+            ),
             *("python", "benchmarks/run.py", GPU, "--match-only"),
         ),
         needs="ncu",

@@ -111,6 +111,7 @@ class Table:
     archs: tuple[str, ...]
     ptx: tuple[str, ...]
     bars: tuple[Bar, ...]
+    compiler: str = "nvcc"
 
 
 def parse_limit(value: Any) -> Limit:
@@ -183,7 +184,7 @@ def check(kernels: list[Kernel], ptx: list[str], table: Table) -> Report:
     compilers = {kernel.nvcc for kernel in kernels}
     if compilers != {table.nvcc}:
         report.notes.append(
-            f"nvcc {', '.join(sorted(compilers))}: the bars are for {table.nvcc}, so only "
+            f"{table.compiler} {', '.join(sorted(compilers))}: the bars are for {table.nvcc}, so only "
             f"{', '.join(ANY_COMPILER)} are compared"
         )
     unused = {(i, arch) for i, bar in enumerate(table.bars) for arch in bar.limits}
@@ -201,9 +202,9 @@ def check(kernels: list[Kernel], ptx: list[str], table: Table) -> Report:
     return report
 
 
-def propose_row(kernels: list[Kernel], pattern: str) -> str:
+def propose_row(kernels: list[Kernel], pattern: str, hot_loop: str = "innermost") -> str:
     """A row for kernel_bars.toml from what is measured now, with the hot loops as comments; a person judges it."""
-    bar = Bar(pattern, {})
+    bar = Bar(pattern, {}, hot_loop=hot_loop)
     archs = list(MULTIPROCESSORS)
     chosen = [k for k in kernels if re.fullmatch(pattern, k.name) and k.arch in archs]
     built = [arch for arch in archs if any(k.arch == arch for k in chosen)]
@@ -219,7 +220,7 @@ def propose_row(kernels: list[Kernel], pattern: str) -> str:
         f"{m} = {most(m)}" for m in ("stack", "shared", "local", "CAS", "div64") if any(most(m))
     ]
     lines.append(f'"{slots}" = {[math.ceil(value * 1.05) for value in most(slots)]}')
-    lines += [f"# {k.name} sm_{k.arch}: {k.hot_loop() or k.mix}" for k in chosen]
+    lines += [f"# {k.name} sm_{k.arch}: {k.hot_loop(hot_loop) or k.mix}" for k in chosen]
     return "\n".join(lines)
 
 
@@ -242,8 +243,12 @@ def main() -> int:
     if a.row:
         print(propose_row(kernels, a.row))
         return 0
-    report = check(kernels, sass.ptx_archs(a.library), parse_table(a.bars))
-    if not a.brief:
+    return show(check(kernels, sass.ptx_archs(a.library), parse_table(a.bars)), a.brief)
+
+
+def show(report: Report, brief: bool) -> int:
+    """Print a report; the exit status."""
+    if not brief:
         print("\n".join([HEADER, *report.lines]))
     for note in report.notes:
         print(f"note: {note}")

@@ -42,6 +42,7 @@ CLASSES = {
         "ATOM": r"ATOM",
         "HGMMA": r"[HIQ]GMMA",
         "HMMA": r"[HIQ]MMA",
+        "UTCMMA": r"UTC[A-Z]*MMA",  # tensor cores of sm_100
         "FP64": r"D(ADD|MUL|FMA|SETP|MNMX)",
         "FP32": r"F(FMA|MUL|ADD)",
         "FP16x2": r"H(FMA|ADD|MUL|MNMX)2",
@@ -80,8 +81,13 @@ class Kernel:
     loops: tuple[Loop, ...]
 
     def hot_loop(self, which: str = "innermost") -> dict[str, int]:
-        """The mix of the longest innermost loop, or of the longest loop of all; empty without loops."""
+        """The mix of the longest innermost loop, or of the longest loop of all; empty without loops.
+
+        "pipelined" is the longest innermost one with asynchronous copies: beside it there may be one for the rest.
+        """
         loops = [loop.mix for loop in self.loops if loop.innermost or which == "longest"]
+        if which == "pipelined":
+            loops = [mix for mix in loops if mix.get("cp.async")] or loops
         return max(loops, key=lambda mix: mix["slots"], default={})
 
 

@@ -4,8 +4,8 @@
     delta = grad_out . out,  grad_score = p (grad_out . value - delta)
     grad_value = p^T grad_out,  grad_key = scale grad_score^T query,  grad_query = scale grad_score key
 
-A program owns a block of queries (or of keys) of one image, head and window, and walks over the other kind in blocks: the
-scores never leave the chip. They are kept in units of log2 e, so that the exponential is one instruction.
+A program owns a block of queries (or of keys) of one image, head and window, and walks over the other kind in blocks:
+the scores never leave the chip. They are kept in units of log2 e, so that the exponential is one instruction.
 
 What all kernels share:
 
@@ -195,8 +195,8 @@ def self_attention_forward_kernel(
 ):
     """out and lse of BLOCK_Q queries. ``score_scale`` is |scale| log2 e, NEGATE its sign.
 
-    With SPLIT, axis 1 of the grid deals out the keys: ``out`` (splits, N, heads, L, D_v) and ``lse`` (splits, N, heads, L),
-    in log2, are fp32 results of a part, for the merge.
+    With SPLIT, axis 1 of the grid deals out the keys: ``out`` (splits, N, heads, L, D_v) and ``lse`` (splits, N, heads,
+    L), in log2, are fp32 results of a part, for the merge.
     """
     image, head, cell, start = _program(BLOCK_Q, heads, length_q, cells, blocks)
     first, across, count_q = _rectangle(cell, length_q, window, height, width, WINDOWED)
@@ -276,7 +276,7 @@ def self_attention_merge_kernel(
     PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Results over parts of the keys, each weighted with its share of the sum; in one order, so always the same bits."""
+    """Results over parts of the keys, each weighted with its share of the sum; in one order, so with the same bits."""
     image, head, _, start = _program(BLOCK, heads, length, 1, blocks)
     rows = start + tl.arange(0, BLOCK)
     valid = rows < length
@@ -408,8 +408,8 @@ def self_attention_backward_key_value_kernel(
 ):
     """grad_key and grad_value of BLOCK_K keys, which stay on the chip while the queries pass.
 
-    With ATOMIC also grad_query / scale: added up in fp32 (N, heads, L, D_qk), in no fixed order. That is two of the seven
-    products saved, for BLOCK_Q * D_qk atomics a step: it pays for narrow queries only.
+    With ATOMIC also grad_query / scale: added up in fp32 (N, heads, L, D_qk), in no fixed order. That saves two of the
+    seven products, for BLOCK_Q * D_qk atomics a step: it pays for narrow queries only.
     """
     image, head, cell, start = _program(BLOCK_K, heads, length_k, cells, blocks)
     first, across, count_k = _rectangle(cell, length_k, window, height, width, WINDOWED)

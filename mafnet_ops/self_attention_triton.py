@@ -101,7 +101,7 @@ def forward_blocks(
     """
     width = max(_padded(width_qk), _padded(width_v))
     if dtype == torch.float32:
-        return Blocks(64, 32, 4, 2) if width <= 64 else Blocks(32, 32, 8, 1)
+        return _wide_fp32_blocks(width) if width > 64 else Blocks(64, 32, 4, 2)
     if width > 128:
         return Blocks(64, 64, 8, 1)
     if width > 64:
@@ -115,20 +115,25 @@ def key_value_blocks(dtype: torch.dtype, width_qk: int, width_v: int) -> Blocks:
     """As :func:`forward_blocks`: here two accumulators and two kinds of resident rows share the registers."""
     width = max(_padded(width_qk), _padded(width_v))
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if width <= 64 else Blocks(32, 32, 8, 1)
-    if width <= 64:
-        return Blocks(64, 128, 8, 2)
-    return Blocks(64, 64, 8, 1) if width <= 128 else Blocks(32, 64, 8, 1)
+        return _wide_fp32_blocks(width) if width > 64 else Blocks(32, 32, 4, 1)
+    if width > 128:
+        return Blocks(32, 32, 8, 1)
+    return Blocks(64, 64, 8, 1) if width > 64 else Blocks(64, 128, 8, 2)
 
 
 def query_blocks(dtype: torch.dtype, width_qk: int, width_v: int) -> Blocks:
     """As :func:`forward_blocks`. 64 queries are one warp group's rows: more warps would repeat its exponentials."""
     width = max(_padded(width_qk), _padded(width_v))
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if width <= 64 else Blocks(32, 32, 8, 1)
-    if width <= 64:
-        return Blocks(64, 64, 4, 2)
-    return Blocks(64, 64, 4, 1) if width <= 128 else Blocks(64, 32, 8, 1)
+        return _wide_fp32_blocks(width) if width > 64 else Blocks(16, 32, 4, 1)
+    if width > 128:
+        return Blocks(64, 16, 8, 1)
+    return Blocks(64, 64, 4, 1) if width > 64 else Blocks(64, 64, 4, 2)
+
+
+def _wide_fp32_blocks(width: int) -> Blocks:
+    """Three TF32 products of wide rows spill in any block; these fit the shared memory."""
+    return Blocks(32, 32, 8, 1) if width <= 128 else Blocks(16, 16, 4, 1)
 
 
 def key_splits(programs: int, key_blocks: int, multiprocessors: int) -> int:
