@@ -123,9 +123,10 @@ class Functions:
     with_jvp: type[torch.autograd.Function]
 
     def apply(self, *arguments: Any) -> Tensor:
+        *tensors, options = arguments
         # Dynamo refuses a Function with a custom jvp and has no use for one.
         function = self.plain if torch.compiler.is_compiling() else self.with_jvp
-        return function.apply(*arguments)
+        return function.apply(*tensors, (*options, tf32_is_allowed()))
 
 
 def make_functions(
@@ -191,16 +192,17 @@ def make_functions(
             return tuple(unfolded), (0,) * len(unfolded)
 
     class Forward(torch.autograd.Function):
-        """(*tensors, options) -> output."""
+        """(*tensors, (*options, whether TF32 is allowed)) -> output."""
 
         @staticmethod
         def forward(*arguments: Any) -> Tensor:
             *tensors, options = arguments
-            return raw_forward(*tensors, *options, tf32_is_allowed())
+            return raw_forward(*tensors, *options)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.options = inputs
+            *tensors, options = inputs
+            ctx.options = options[:-1]  # TF32 is of the forward alone
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
 
