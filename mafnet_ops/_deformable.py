@@ -119,14 +119,20 @@ def tf32_is_allowed() -> bool:
 class Functions:
     """The autograd Functions of an op, each applied to (*tensors, options)."""
 
+    raw: Callable[..., Tensor]
     plain: type[torch.autograd.Function]
     with_jvp: type[torch.autograd.Function]
 
     def apply(self, *arguments: Any) -> Tensor:
         *tensors, options = arguments
-        # Dynamo refuses a Function with a custom jvp and has no use for one.
-        function = self.plain if torch.compiler.is_compiling() else self.with_jvp
-        return function.apply(*tensors, (*options, tf32_is_allowed()))
+        options = (*options, tf32_is_allowed())
+        if not torch.compiler.is_compiling():
+            return self.with_jvp.apply(*tensors, options)
+        # Dynamo refuses a Function with a custom jvp and has no use for one. Where it needs no gradients it counts
+        # the parameters that forward names, of which there are none.
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return self.plain.apply(*tensors, options)
+        return self.raw(*tensors, *options)
 
 
 def make_functions(
@@ -233,7 +239,7 @@ def make_functions(
             present, primals, filled = _present(ctx.saved_for_forward, tangents)
             return jvp_by_vjp(_in_double(definition, present, ctx.options), primals, filled)
 
-    return Functions(Forward, ForwardWithJvp)
+    return Functions(raw_forward, Forward, ForwardWithJvp)
 
 
 def _present(
