@@ -145,7 +145,7 @@ _TENSORS = ("input", "raw", "flow_1", "flow_2", "weight", "bias")
 _OPTIONS = f"float max_residue_magnitude, {GEOMETRY_SCHEMA}, int parts"
 _library.LIBRARY.define(
     "deform_align_forward(Tensor input, Tensor raw, Tensor? flow_1, Tensor? flow_2, Tensor weight, "
-    f"Tensor? bias, {_OPTIONS}) -> Tensor"
+    f"Tensor? bias, {_OPTIONS}, bool allow_tf32=False) -> Tensor"
 )
 _library.LIBRARY.define(
     "deform_align_backward(Tensor grad_output, Tensor input, Tensor raw, Tensor? flow_1, "

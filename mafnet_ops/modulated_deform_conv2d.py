@@ -68,6 +68,9 @@ def modulated_deform_conv2d(
     ``torch.use_deterministic_algorithms(True)`` its terms are rounded to integers of one scale, whose sums have
     none, with 8 bytes of workspace per element of ``input`` (16 in fp64).
 
+    fp32 products on CUDA's tensor cores (channels_last) have the error of fp32, or that of TF32 where torch allows it
+    for matrix products (``torch.backends.cuda.matmul``).
+
     Raises:
         ValueError: a shape, stride, padding, dilation or device that does not fit.
         TypeError: a dtype that is not floating point, weight or bias in another dtype than input, or fp64 offset or
@@ -109,7 +112,7 @@ def _check(
 _ARGUMENTS = ("input", "offset", "mask", "weight", "bias")
 _library.LIBRARY.define(
     "modulated_deform_conv2d_forward(Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
-    f"Tensor? bias, {GEOMETRY_SCHEMA}) -> Tensor"
+    f"Tensor? bias, {GEOMETRY_SCHEMA}, bool allow_tf32=False) -> Tensor"
 )
 _library.LIBRARY.define(
     "modulated_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor? mask, "
@@ -128,7 +131,7 @@ def _(
     mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *geometry: int,
+    *options: int,
 ) -> Tensor:
     return empty_like_input(input, (input.shape[0], weight.shape[0], *offset.shape[2:]))
 

@@ -137,6 +137,17 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   __trap();
 #endif
 }
+// The nearest TF32, of 11 bits; ties away from zero. NaN and infinity stay.
+DEVICE float to_tf32(float v) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+#else
+  __trap();
+  return v;
+#endif
+}
 // The registers are floats; the tensor core ignores their 13 low bits.
 DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
@@ -239,6 +250,10 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          __nv_bfloat16, CUEMU_PLACE) {
   ::cuemu::mma(::cuemu::Mma::kM16N8K16BFloat16, d, a, b, place);
+}
+DEVICE float to_tf32(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  return v - v == 0 ? __uint_as_float((bits + 0x1000u) & 0xffffe000u) : v;
 }
 DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              CUEMU_PLACE) {

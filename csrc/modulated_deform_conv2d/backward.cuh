@@ -13,4 +13,7 @@ int launch_backward_bias(const ModulatedDeformConv2dParams& params, void* stream
 int launch_backward_exponents(const ModulatedDeformConv2dParams& params, void* stream);
 int launch_backward_add_fixed_sums(const ModulatedDeformConv2dParams& params, void* stream);
 
+// backward_flow.cu
+int launch_backward_flow(const ModulatedDeformConv2dParams& params, void* stream);
+
 }  // namespace mafnet

@@ -119,7 +119,7 @@ int launch_backward_exponents(const ModulatedDeformConv2dParams& p, void* stream
     status = launch(modulated_deform_conv2d_weight_exponent_kernel<T>,
                     grid_of(ceil_div(columns, kThreads)), dim3(kThreads), 0, stream, p);
     if (status != 0) return status;
-    if (p.mask == nullptr) return 0;
+    if (p.mask == nullptr || p.raw.used) return 0;
     return launch_exponent<T>(p, p.mask, p.mask_dtype, int64_t{p.offset_groups} * p.taps(),
                               p.mask_stride, p.exponents + kOfMask, stream);
   });

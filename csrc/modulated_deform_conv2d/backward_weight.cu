@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
       A value = 0;
       if (active && channel < group_channels) {
         const int of_input = group * group_channels + channel;
-        const int offset_group = of_input / p.offset_group_channels();
+        const int offset_group = p.offset_group_of(of_input);
         if (offset_group != sampled_group) {
           sample = make_sample<T>(p, pixel, offset_group, tap);
           sampled_group = offset_group;

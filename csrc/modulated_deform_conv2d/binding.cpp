@@ -23,10 +23,10 @@ Tensor modulated_deform_conv2d_forward(const Tensor& input, const Tensor& offset
                                        const std::optional<Tensor>& mask, const Tensor& weight,
                                        const std::optional<Tensor>& bias, int64_t stride_h,
                                        int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                                       int64_t dilation_h, int64_t dilation_w) {
+                                       int64_t dilation_h, int64_t dilation_w, bool allow_tf32) {
   Call call = make_offset_call(input, offset, mask, weight,
                                {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
-  return run_forward(call, bias);
+  return run_forward(call, bias, allow_tf32);
 }
 
 // What is not needed comes back with size 0 in its first dimension.

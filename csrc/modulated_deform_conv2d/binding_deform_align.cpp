@@ -58,11 +58,11 @@ Tensor deform_align_forward(const Tensor& input, const Tensor& raw,
                             const std::optional<Tensor>& bias, double max_residue_magnitude,
                             int64_t stride_h, int64_t stride_w, int64_t padding_h,
                             int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
-                            int64_t parts) {
+                            int64_t parts, bool allow_tf32) {
   Call call =
       make_raw_call(input, raw, flow_1, flow_2, weight, max_residue_magnitude,
                     {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, parts);
-  return run_forward(call, bias);
+  return run_forward(call, bias, allow_tf32);
 }
 
 // What is not needed comes back with size 0 in its first dimension.
@@ -100,11 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> deform_align_backward
 }  // namespace
 
 MAFNET_LIBRARY_IMPL(module) {
-  // Until the kernels of both take raw offsets, PyTorch makes plain ones of them on CUDA.
-  if constexpr (!kIsCuda) {
-    module.impl("deform_align_forward", TORCH_BOX(&deform_align_forward));
-    module.impl("deform_align_backward", TORCH_BOX(&deform_align_backward));
-  }
+  module.impl("deform_align_forward", TORCH_BOX(&deform_align_forward));
+  module.impl("deform_align_backward", TORCH_BOX(&deform_align_backward));
 }
 
 }  // namespace mafnet

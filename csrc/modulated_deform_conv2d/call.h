@@ -19,7 +19,7 @@ struct Call {
   const char* op = nullptr;
   ModulatedDeformConv2dParams params{};
   Tensor input, offset, mask, weight, bias, grad_output, flow[2];
-  Tensor weight_partials, fixed_sums, exponents;  // on CUDA
+  Tensor weight_partials, flow_partials, fixed_sums, exponents;  // on CUDA
 };
 
 inline void check_dtype(const Call& call, const char* argument, const Tensor& tensor) {
@@ -136,8 +136,9 @@ inline Call make_call(const char* op, const Tensor& input, const char* name, con
   return call;
 }
 
-inline Tensor run_forward(Call& call, const std::optional<Tensor>& bias) {
+inline Tensor run_forward(Call& call, const std::optional<Tensor>& bias, bool allow_tf32) {
   ModulatedDeformConv2dParams& p = call.params;
+  p.allow_tf32 = allow_tf32;
   if (bias.has_value()) {
     MAFNET_CHECK(bias->dim() == 1 && bias->size(0) == p.out_channels, call.op, "bias",
                  "shape (C_out,)", "shape " + shape_of(*bias));
@@ -181,8 +182,12 @@ inline void make_workspaces(bool deterministic, Tensor& grad_input, Call& call) 
       p.exponents = static_cast<int*>(call.exponents.mutable_data_ptr());
     }
   }
+  const ScalarType sums = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  if (p.raw.grad_flow[0] != nullptr || p.raw.grad_flow[1] != nullptr) {
+    call.flow_partials = workspace_on(call.input, modulated_deform_conv2d_flow_partials(p), sums);
+    p.flow_partials = call.flow_partials.mutable_data_ptr();
+  }
   if (p.grad_weight != nullptr) {
-    const ScalarType sums = p.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
     call.weight_partials =
         workspace_on(call.input, modulated_deform_conv2d_weight_partials(p), sums);
     p.weight_partials = call.weight_partials.mutable_data_ptr();

@@ -46,8 +46,8 @@ constexpr int kLargestShift = sizeof(A) == 4 ? 127 : 1023;
 
 template <typename A>
 DEVICE int fixed_shift(const ModulatedDeformConv2dParams& p) {
-  int exponent = 1;  // of a mask of ones
-  if (p.mask != nullptr) exponent = p.exponents[kOfMask] - kExponentBias;
+  int exponent = 1;  // of a mask of ones, or of a sigmoid
+  if (p.mask != nullptr && !p.raw.used) exponent = p.exponents[kOfMask] - kExponentBias;
   exponent += p.exponents[kOfGradOutput] + p.exponents[kOfWeight] - 2 * kExponentBias;
   // A finite v is below 2^128 (2^1024), whatever the bound.
   exponent = min(exponent, kLargestShift<A> + 1);

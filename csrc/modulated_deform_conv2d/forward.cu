@@ -23,8 +23,8 @@ constexpr int kPadding = 4;  // of a row of weights, whose writers stride over r
 static_assert((kPixels / kPatch) * (kOutputs / kPatch) == kThreads);
 static_assert(kThreads / kPixels * kPatch == kDepth);
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
+template <typename T, bool kRaw>
+__global__ void __launch_bounds__(kThreads, 2)  // left alone, the compiler spills to fit 3
     modulated_deform_conv2d_forward_kernel(const ModulatedDeformConv2dParams p) {
   using A = Accumulator<T>;
   using Patch = Vector<A, kPatch>;
@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kThreads)
         const int channel = first + sampled_depth + i;
         A value = 0;
         if (channel < group_channels && is_pixel) {
-          const int offset_group = (group * group_channels + channel) / p.offset_group_channels();
+          const int offset_group = p.offset_group_of(group * group_channels + channel);
           if (offset_group != sampled_group) {
-            sample = make_sample<T>(p, sampled_pixel, offset_group, tap);
+            sample = make_sample<T, kRaw>(p, sampled_pixel, offset_group, tap);
             sampled_group = offset_group;
           }
           value = value_of<T>(p, sample, image + channel * p.input_stride[1]);
@@ -125,8 +125,9 @@ int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p,
       p.batch * ceil_div(p.pixels(), kPixels) * p.groups * ceil_div(p.group_outputs(), kOutputs);
   return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return launch(modulated_deform_conv2d_forward_kernel<T>, grid_of(blocks), dim3(kThreads), 0,
-                  stream, p);
+    const auto kernel = p.raw.used ? modulated_deform_conv2d_forward_kernel<T, true>
+                                   : modulated_deform_conv2d_forward_kernel<T, false>;
+    return launch(kernel, grid_of(blocks), dim3(kThreads), 0, stream, p);
   });
 }
 

@@ -42,6 +42,7 @@ struct ModulatedDeformConv2dParams {
   int kernel_h, kernel_w;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, offset_groups;
+  bool allow_tf32;  // CUDA: float samples and weights may be rounded to TF32 for their products
   // Equal parts of the channels of input, each of them cut into all offset groups: states that are
   // sampled at the same places.
   int parts = 1;
@@ -75,6 +76,7 @@ struct ModulatedDeformConv2dParams {
   // to. The workspaces are allocated by the caller, in the sizes that the functions below return.
   void* packed_weight;    // forward; null where its size is 0
   void* weight_partials;  // backward; null without grad_weight
+  void* flow_partials;    // backward; null without raw.grad_flow
   // Deterministic grad_input; null: atomic sums of floating-point numbers in no fixed order.
   // Both come zeroed.
   int64_t* fixed_sums;
@@ -99,10 +101,11 @@ struct ModulatedDeformConv2dParams {
   MAFNET_HOST_DEVICE int64_t pixels() const { return int64_t{out_height} * out_width; }
 };
 
-// Sizes of the workspaces on CUDA. packed_weight, in bytes, is 16-byte aligned; weight_partials is
-// in accumulators; fixed_sums in integers per element of grad_input.
+// Sizes of the workspaces on CUDA. packed_weight, in bytes, is 16-byte aligned; weight_partials and
+// flow_partials are in accumulators; fixed_sums in integers per element of grad_input.
 int64_t modulated_deform_conv2d_packed_weight_bytes(const ModulatedDeformConv2dParams& params);
 int64_t modulated_deform_conv2d_weight_partials(const ModulatedDeformConv2dParams& params);
+int64_t modulated_deform_conv2d_flow_partials(const ModulatedDeformConv2dParams& params);
 int modulated_deform_conv2d_fixed_limbs(Dtype dtype);
 constexpr int kExponents = 3;
 

@@ -10,11 +10,92 @@ namespace mafnet {
 
 constexpr int kThreads = 256;  // of a block, in every kernel: 8 warps
 
-// An element of a tensor that holds T or, beside half-precision features, float.
+// The element `at` of a tensor that holds T or, beside half-precision features, float. With a
+// 32-bit Index the whole address but its base is 32 bits, which saves half of its arithmetic.
+template <typename T, typename Index>
+DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, Index at) {
+  const auto* bytes = static_cast<const unsigned char*>(data);
+  if (is_feature_type) {
+    return to_accumulator(*reinterpret_cast<const T*>(bytes + at * Index{sizeof(T)}));
+  }
+  return static_cast<Accumulator<T>>(
+      *reinterpret_cast<const float*>(bytes + at * Index{sizeof(float)}));
+}
+
+// The same of a gradient.
 template <typename T>
-DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, int64_t at) {
-  if (is_feature_type) return to_accumulator(static_cast<const T*>(data)[at]);
-  return static_cast<Accumulator<T>>(static_cast<const float*>(data)[at]);
+DEVICE void store_coordinate(void* data, bool is_feature_type, int64_t at, Accumulator<T> value) {
+  if (is_feature_type) {
+    static_cast<T*>(data)[at] = from_accumulator<T>(value);
+  } else {
+    static_cast<float*>(data)[at] = static_cast<float>(value);
+  }
+}
+
+// Where a sample lies beside its regular position, its mask, and the derivatives of dy, dx and mask
+// by what is stored: 1 but for raw offsets.
+template <typename A>
+struct Coordinates {
+  A dy, dx, mask, chain[3];
+};
+
+// Where image n begins in offset, mask and flows.
+struct CoordinateOrigin {
+  const void *offset, *mask, *flow[2];
+};
+
+template <typename T>
+DEVICE CoordinateOrigin make_origin(const ModulatedDeformConv2dParams& p, int64_t n) {
+  const auto advance = [&](const void* data, Dtype dtype, int64_t stride) -> const void* {
+    const int64_t size = dtype == p.dtype ? sizeof(T) : sizeof(float);
+    return static_cast<const unsigned char*>(data) + n * stride * size;
+  };
+  // What is not there is null, and its strides are 0.
+  return {advance(p.offset, p.offset_dtype, p.offset_stride[0]),
+          advance(p.mask, p.mask_dtype, p.mask_stride[0]),
+          {advance(p.raw.flow[0], p.raw.flow_dtype, p.raw.flow_stride[0][0]),
+           advance(p.raw.flow[1], p.raw.flow_dtype, p.raw.flow_stride[1][0])}};
+}
+
+DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+DEVICE double sigmoid(double v) { return 1 / (1 + exp(-v)); }
+
+// Of plane offset_group * taps + tap. kRaw: p.raw.used, known to the compiler.
+template <typename T, bool kRaw, typename Index>
+DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dParams& p,
+                                                    const CoordinateOrigin& origin, Index pixel,
+                                                    int offset_group, Index plane) {
+  using A = Accumulator<T>;
+  const auto stride = [](int64_t value) { return static_cast<Index>(value); };
+  const bool is_t = p.offset_dtype == p.dtype;
+  const Index at = 2 * plane * stride(p.offset_stride[1]) + pixel * stride(p.offset_stride[2]);
+  Coordinates<A> c;
+  c.dy = load_coordinate<T>(origin.offset, is_t, at);
+  c.dx = load_coordinate<T>(origin.offset, is_t, at + stride(p.offset_stride[1]));
+  c.mask = c.chain[0] = c.chain[1] = c.chain[2] = 1;
+  if (kRaw || p.mask != nullptr) {
+    c.mask =
+        load_coordinate<T>(origin.mask, p.mask_dtype == p.dtype,
+                           plane * stride(p.mask_stride[1]) + pixel * stride(p.mask_stride[2]));
+  }
+  if constexpr (kRaw) {
+    const A reach = static_cast<A>(p.raw.max_residue), y = tanh(c.dy), x = tanh(c.dx);
+    c.mask = sigmoid(c.mask);
+    c.chain[0] = reach * (1 - y * y);
+    c.chain[1] = reach * (1 - x * x);
+    c.chain[2] = c.mask * (1 - c.mask);
+    c.dy = reach * y;
+    c.dx = reach * x;
+    const int i = p.raw.flow_of(offset_group, p.offset_groups);
+    const void* flow = i == 0 ? origin.flow[0] : origin.flow[1];
+    if (flow != nullptr) {
+      const bool flow_is_t = p.raw.flow_dtype == p.dtype;
+      const Index flow_at = pixel * stride(p.raw.flow_stride[i][1]);
+      c.dy += load_coordinate<T>(flow, flow_is_t, flow_at + stride(p.raw.flow_stride[i][2]));
+      c.dx += load_coordinate<T>(flow, flow_is_t, flow_at);
+    }
+  }
+  return c;
 }
 
 // The taps of both axes; those outside the image have index kOutside. NaN: none inside, NaN
@@ -22,7 +103,7 @@ DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, in
 template <typename A>
 struct Sample {
   AxisTaps<A, 2> rows, columns;
-  A mask;
+  A mask, chain[3];
 };
 
 // An output pixel; index counts those of image n in raster order.
@@ -36,32 +117,33 @@ DEVICE OutputPixel make_pixel(const ModulatedDeformConv2dParams& p, int64_t n, i
   return {n, index, row, static_cast<int>(index - int64_t{row} * p.out_width)};
 }
 
-template <typename T>
+template <typename T, bool kRaw>
 DEVICE Sample<Accumulator<T>> make_sample(const ModulatedDeformConv2dParams& p,
                                           const OutputPixel& pixel, int offset_group, int tap) {
   using A = Accumulator<T>;
-  const int64_t plane = int64_t{offset_group} * p.taps() + tap;
-  const int64_t dy = pixel.n * p.offset_stride[0] + 2 * plane * p.offset_stride[1] +
-                     pixel.index * p.offset_stride[2];
-  const bool offset_is_t = p.offset_dtype == p.dtype;
+  const auto c = load_coordinates<T, kRaw>(p, make_origin<T>(p, pixel.n), pixel.index, offset_group,
+                                           int64_t{offset_group} * p.taps() + tap);
   // The regular position is exact in integers; like the CPU, round it once and add the offset.
   const int64_t base_y =
       int64_t{pixel.row} * p.stride_h - p.padding_h + int64_t{tap / p.kernel_w} * p.dilation_h;
   const int64_t base_x =
       int64_t{pixel.column} * p.stride_w - p.padding_w + int64_t{tap % p.kernel_w} * p.dilation_w;
-  const A y = static_cast<A>(base_y) + load_coordinate<T>(p.offset, offset_is_t, dy);
-  const A x =
-      static_cast<A>(base_x) + load_coordinate<T>(p.offset, offset_is_t, dy + p.offset_stride[1]);
   Sample<A> sample;
-  sample.rows = sample_axis<Interpolation::kBilinear, A>(y, p.height, Padding::kZeros);
-  sample.columns = sample_axis<Interpolation::kBilinear, A>(x, p.width, Padding::kZeros);
-  sample.mask = 1;
-  if (p.mask != nullptr) {
-    sample.mask = load_coordinate<T>(
-        p.mask, p.mask_dtype == p.dtype,
-        pixel.n * p.mask_stride[0] + plane * p.mask_stride[1] + pixel.index * p.mask_stride[2]);
-  }
+  sample.rows = sample_axis<Interpolation::kBilinear, A>(static_cast<A>(base_y) + c.dy, p.height,
+                                                         Padding::kZeros);
+  sample.columns = sample_axis<Interpolation::kBilinear, A>(static_cast<A>(base_x) + c.dx, p.width,
+                                                            Padding::kZeros);
+  sample.mask = c.mask;
+  for (int i = 0; i < 3; ++i) sample.chain[i] = c.chain[i];
   return sample;
+}
+
+// For kernels whose sampling is a small part of the work: one of them serves both.
+template <typename T>
+DEVICE Sample<Accumulator<T>> make_sample(const ModulatedDeformConv2dParams& p,
+                                          const OutputPixel& pixel, int offset_group, int tap) {
+  return p.raw.used ? make_sample<T, true>(p, pixel, offset_group, tap)
+                    : make_sample<T, false>(p, pixel, offset_group, tap);
 }
 
 // Calls body(j, k, inside, offset of the pixel from the image's first) for the four corners.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_cases
+from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_probe
 from cuda_on_cpu.build import CSRC, build
 from cuda_on_cpu.emulator import Kernels, needs_emulator, op_library
 from cuda_on_cpu.mutants import Mutant, find, kernel_files
@@ -62,7 +62,8 @@ DEFORM_IDLE = {
     },
     (
         "backward.cu",
-        "p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr",
+        "p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr || "
+        "p.flow_partials != nullptr",
     ): "saves gradients that nobody wants",
     ("backward_fixed_point.cu", "threadIdx.x == 0"): "saves maxima of the same number",
     ("backward_fixed_point.cu", "channels_last"): "the order in which a maximum is taken",
@@ -70,16 +71,23 @@ DEFORM_IDLE = {
     **{
         ("forward_tensor_core.cu", limit): _LARGE
         for limit in (
-            "p.pixels() <= kMostElements - kPixels",
+            "coordinates_fit",
+            "fits(2 * planes, pixels, offset[1], offset[2], p.offset_dtype)",
+            "fits(planes, pixels, mask[1], mask[2], p.mask_dtype)",
+            *(
+                f"fits(2, pixels, p.raw.flow_stride[{i}][2], p.raw.flow_stride[{i}][1], p.raw.flow_dtype)"
+                for i in (0, 1)
+            ),
+            "fits(p.height, columns, p.input_stride[2], 1, p.dtype)",
+            "pixels <= kMostPixels",
             "p.height <= kMostPositions",
             "p.width <= kMostPositions",
-            "elements <= kMostElements",
         )
     },
     ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
     (
         "forward_tensor_core.cu",
-        "p.out_channels % kVectorChannels == 0",
+        "p.out_channels % kLaneChannels == 0",
     ): "else a dense output is not aligned",
     (
         "forward_tensor_core.cu",
@@ -119,7 +127,7 @@ OPS = {
         },
     ),
     "modulated_deform_conv2d": Op(
-        modulated_deform_conv2d_cases.probe,
+        modulated_deform_conv2d_probe.probe,
         idle=DEFORM_IDLE,
     ),
 }

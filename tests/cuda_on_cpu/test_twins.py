@@ -115,6 +115,24 @@ def test_each_fragment_element_alone(twins: Kernels, name: str) -> None:
         assert np.array_equal(mma(mma.fragment_a(a), hot, zeros), expected), (lane, value)
 
 
+def test_rounding_to_tf32(twins: Kernels) -> None:
+    """To the nearest of 11 bits, ties away from zero; what has as many stays, as do infinity and NaN."""
+    one = 0x3F800000
+    bits = [one, one + 0xFFF, one + 0x1000, one + 0x1001, one + 0x2000, one + 0x3000, 0x3FFFFFFF]
+    near = [one, one, one + 0x2000, one + 0x2000, one + 0x2000, one + 0x4000, 0x40000000]
+    same = [0, 1 << 13, 0x7F800000, 0x7FC00000]
+    pattern = np.array((bits + same) * 2 + 10 * [0], np.uint32)
+    expected = np.array((near + same) * 2 + 10 * [0], np.uint32)
+    for both in (pattern, expected):
+        both[11:22] |= 0x80000000
+    rounded = np.zeros(32, np.float32)
+    twins.run("to_tf32", values=pattern.view(np.float32), rounded=rounded).raise_if_any()
+    wanted = expected.view(np.float32)
+    assert np.array_equal(rounded, wanted, equal_nan=True)
+    numbers = ~np.isnan(wanted)  # signs of zeros too
+    assert np.array_equal(rounded.view(np.uint32)[numbers], expected[numbers])
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("ldmatrix")])
 def test_ldmatrix(twins: Kernels, name: str) -> None:
     layout = LAYOUTS[name]
@@ -222,8 +240,10 @@ def test_mma_operands_are_wired_in_order(ptx: dict[str, str]) -> None:
             _, a_in, b_in, _ = registers(instruction)
             assert [kernel.loaded[r] for r in a_in] == [(0, 2 * half), (0, 2 * half + 1)]
             assert [kernel.loaded[r] for r in b_in] == [(1, half)]
-        assert "trap" in one(ptx, "mma_bf16_k16") and "trap" in one(ptx, "mma_tf32_k8")
+        for name in ("mma_bf16_k16", "mma_tf32_k8", "round_to_tf32"):
+            assert "trap" in one(ptx, name)
         return
+    assert "cvt.rna.tf32.f32" in one(ptx, "round_to_tf32")
     for name, shape in large.items():
         assert shape in one(ptx, name)
         assert not wrongly_wired(one(ptx, name), 4, 2), name

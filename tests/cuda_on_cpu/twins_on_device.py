@@ -20,7 +20,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from cuda_on_cpu import test_twins as twins  # noqa: E402
 from cuda_on_cpu.build import CSRC, HERE  # noqa: E402
 
-ORDER = {"mma": ("a", "b", "d"), "load": ("rows", "loaded"), "copy": ("source", "target", "valid")}
+ORDER = {
+    "mma": ("a", "b", "d"),
+    "load": ("rows", "loaded"),
+    "copy": ("source", "target", "valid"),
+    "round": ("values", "rounded"),
+}
+KIND = {"cp_async": "copy", "to_tf32": "round"}  # of the entries that are neither mma nor ldmatrix
 
 
 class Clean:
@@ -38,7 +44,7 @@ class DeviceKernels:
 
     def run(self, entry: str, /, **arguments: np.ndarray | bool) -> Clean:
         """Copies the arrays to the device, launches, and copies them back in place."""
-        kind = "load" if entry.startswith("ldmatrix") else "copy" if entry == "cp_async" else "mma"
+        kind = KIND.get(entry, "load" if entry.startswith("ldmatrix") else "mma")
         held: list[tuple[np.ndarray, torch.Tensor]] = []
         values: list[ctypes.c_void_p | ctypes.c_int] = []
         for name in ORDER[kind]:
@@ -79,6 +85,8 @@ def main() -> int:
     for name in names:
         twins.test_mma_multiplies_and_adds(kernels, name)  # type: ignore[arg-type]
         twins.test_each_fragment_element_alone(kernels, name)  # type: ignore[arg-type]
+    if major >= 8:
+        twins.test_rounding_to_tf32(kernels)  # type: ignore[arg-type]
     for name in twins.LAYOUTS:
         if name.startswith("ldmatrix"):
             twins.test_ldmatrix(kernels, name)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ to oracles in fp64. Outputs and workspaces come poisoned, so one that is not wri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,7 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     DOUBLE,
     DTYPES,
     GRADS,
-    NOT_FOR_TENSOR_CORES,
     OP,
-    TENSOR_CORE_CASES,
     Case,
     backward,
     check_backward,
@@ -30,10 +29,6 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     check_forward,
     check_gradient_alone,
     check_nan_offset,
-    check_not_for_tensor_cores,
-    check_slices_on_tensor_cores,
-    check_strides_for_tensor_cores,
-    check_wild_offsets_on_tensor_cores,
     check_wild_weight,
     forward,
     hold_gradients,
@@ -41,25 +36,58 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     packed_weight_bytes,
     random_grad,
 )
+from cuda_on_cpu.modulated_deform_conv2d_tensor_core_cases import (
+    NOT_FOR_TENSOR_CORES,
+    TENSOR_CORE_CASES,
+    check_not_for_tensor_cores,
+    check_slices_on_tensor_cores,
+    check_strides_for_tensor_cores,
+    check_tf32,
+    check_wild_offsets_on_tensor_cores,
+)
 from tolerances import assert_same
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mafnet_ops import modulated_deform_conv2d
+from mafnet_ops import deform_align, modulated_deform_conv2d
+from mafnet_ops._library import backend
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
+needs_ops = pytest.mark.skipif(
+    backend("modulated_deform_conv2d", "cpu").name != "native",
+    reason="the compiled ops are not built",
+)
 FEW = (
     "kernel 3x2, stride 2x1, dilation 1x2",
     "offset groups straddle 3 groups",
     "17 to 65 channels",
 )
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-HALVES = (torch.float16, torch.bfloat16)
+TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 tensor_core_cases = pytest.mark.parametrize(
     "case", TENSOR_CORE_CASES.values(), ids=TENSOR_CORE_CASES.keys()
 )
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def is_forward(name: str) -> bool:
+    """Of a raw op."""
+    return "mafnet_ops" in name and "forward" in name
+
+
+class RecordedCalls(TorchDispatchMode):
+    """The arguments of the raw forward ops that are called; a default that ends them is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_forward: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_forward(func.name()):
+            self.of_forward.append(args)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +107,17 @@ def test_forward(kernels: Kernels, case: Case) -> None:
 
 
 @tensor_core_cases
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
 def test_forward_on_tensor_cores(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
     assert packed_weight_bytes(kernels, case, case.tensors(dtype)) > 0
     check_forward(kernels, case, dtype, ("random",))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
+@pytest.mark.parametrize("offset_groups", [16, 32])
+def test_fragments_hold_the_channels_that_they_should(
+    kernels: Kernels, dtype: torch.dtype, offset_groups: int
+) -> None:
     """A weight that permutes channels permutes them, to the bit: 128 in 4 vectors of 2 halves, to 128 in 2 tiles."""
     case = Case(
         1,
@@ -95,7 +126,7 @@ def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: t
         (5, 7),
         (1, 1),
         padding=(0, 0),
-        offset_groups=16,
+        offset_groups=offset_groups,
         channels_last=True,
         mask=False,
         bias=False,
@@ -104,8 +135,55 @@ def test_fragments_hold_the_channels_that_they_should(kernels: Kernels, dtype: t
     tensors[1] = tensors[1] * 0
     order = torch.randperm(128, generator=torch.Generator().manual_seed(3))
     tensors[3] = torch.eye(128)[order].to(dtype).view(128, 128, 1, 1)
-    assert packed_weight_bytes(kernels, case, tensors) == 128 * 128 * 2
-    assert_same(forward(kernels, case, tensors), tensors[0][:, order])
+    if dtype != torch.float32:
+        assert packed_weight_bytes(kernels, case, tensors) == 128 * 128 * 2
+        assert_same(forward(kernels, case, tensors), tensors[0][:, order])
+        return
+    for bits, size, allow_tf32 in ((22, 8, 0), (11, 4, 1)):  # those that the products keep
+        tensors[0] = (tensors[0] * 2**bits).round() / 2**bits
+        options = {"allow_tf32": allow_tf32}
+        assert packed_weight_bytes(kernels, case, tensors, **options) == 128 * 128 * size
+        assert_same(forward(kernels, case, tensors, **options), tensors[0][:, order])
+
+
+@tensor_core_cases
+def test_forward_by_tf32(kernels: Kernels, case: Case) -> None:
+    check_tf32(kernels, case)
+
+
+@needs_ops
+@pytest.mark.parametrize("op", [modulated_deform_conv2d, deform_align])
+def test_tf32_where_torch_allows_it(op: Callable[..., Tensor]) -> None:
+    """Torch's setting for matrix products reaches the kernels, in compiled code too."""
+    input, offset, mask, weight, bias = Case().tensors(torch.float32)
+    tensors = (input, offset, mask, weight, bias)
+    if op is deform_align:
+        tensors = (input, torch.cat([offset, mask], 1), weight, bias)
+    traced: list[tuple[Any, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        nodes = [node for module in modules for node in module.graph.nodes]
+        traced.extend(node.args for node in nodes if is_forward(str(node.target)))
+        return graph.forward
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, allowed in (("ieee", False), ("tf32", True)):
+            matmul.fp32_precision = precision
+            with RecordedCalls() as calls:
+                op(*tensors, padding=1)
+            torch.compiler.reset()
+            traced.clear()
+            compiled = torch.compile(op, backend=backend, fullgraph=True)
+            compiled(*tensors, padding=1)  # without gradients, and with them
+            compiled(tensors[0].clone().requires_grad_(), *tensors[1:], padding=1)
+            assert len(calls.of_forward) == 1 and len(traced) >= 2
+            for arguments in (*calls.of_forward, *traced):
+                assert (arguments[-1] is True) == allowed
+    finally:
+        matmul.fp32_precision = before
 
 
 @all_cases
@@ -131,10 +209,16 @@ def test_accesses(checked: Kernels, case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["4 steps, 72 outputs, 129 pixels", "half offsets, float mask, 96 channels in 3"]
+    "name",
+    [
+        "4 steps, 72 outputs, 129 pixels",
+        "half offsets, float mask, 96 channels in 3",
+        "offset groups of 12 channels, 12 steps, no mask",
+    ],
 )
 def test_accesses_on_tensor_cores(checked: Kernels, name: str) -> None:
     check_forward(checked, TENSOR_CORE_CASES[name], torch.bfloat16, ("random",))
+    check_forward(checked, TENSOR_CORE_CASES[name], torch.float32, ("random",))
 
 
 def test_weight_over_several_ranges_of_pixels(kernels: Kernels) -> None:
@@ -162,9 +246,12 @@ def test_nan_offset_gives_nan_there_and_only_there(
     check_nan_offset(kernels, dtype, axis, deterministic)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_wild_offsets_on_tensor_cores(kernels: Kernels, dtype: torch.dtype) -> None:
-    check_wild_offsets_on_tensor_cores(kernels, dtype)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_DTYPES, ids=str)
+@pytest.mark.parametrize("offset_groups", [8, 16])
+def test_wild_offsets_on_tensor_cores(
+    kernels: Kernels, dtype: torch.dtype, offset_groups: int
+) -> None:
+    check_wild_offsets_on_tensor_cores(kernels, dtype, offset_groups)
 
 
 def test_slices_of_channels_on_tensor_cores(kernels: Kernels) -> None:

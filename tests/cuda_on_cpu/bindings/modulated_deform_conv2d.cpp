@@ -1,5 +1,5 @@
-// Binds the CUDA launchers of modulated_deform_conv2d. Images, offset and mask are in the order
-// N C H W.
+// Binds the CUDA launchers of modulated_deform_conv2d and deform_align. Images, offset and mask are
+// in the order N C H W, flows N H W 2. A max_residue makes offset and mask raw.
 #include "binding.h"
 #include "dtypes.h"
 #include "modulated_deform_conv2d/params.h"
@@ -14,6 +14,22 @@ void copy_pixel_strides(const Array& array, int64_t (&target)[3]) {
   target[0] = array.stride[0];
   target[1] = array.stride[1];
   target[2] = array.shape[3] == 1 ? array.stride[2] : array.stride[3];
+}
+
+void set_raw(cuemu::Arguments& arguments, mafnet::ModulatedDeformConv2dParams& p) {
+  p.raw.used = true;
+  p.raw.max_residue = arguments.number("max_residue");
+  const char* const names[2] = {"flow_1", "flow_2"};
+  for (int i = 0; i < 2; ++i) {
+    if (!arguments.has(names[i])) continue;
+    const Array flow = arguments.in(names[i]);
+    flow.require_axes(4);
+    p.raw.flow[i] = flow.data;
+    p.raw.flow_dtype = cuemu::dtype_of(flow);
+    p.raw.flow_stride[i][0] = flow.stride[0];
+    p.raw.flow_stride[i][1] = flow.shape[2] == 1 ? flow.stride[1] : flow.stride[2];
+    p.raw.flow_stride[i][2] = flow.stride[3];
+  }
 }
 
 mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
@@ -39,6 +55,8 @@ mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
   p.dilation_w = static_cast<int>(arguments.integer("dilation_w"));
   p.groups = static_cast<int>(input.shape[1] / weight.shape[1]);
   p.offset_groups = static_cast<int>(offset.shape[1] / (2 * p.taps()));
+  p.allow_tf32 = arguments.has("allow_tf32") && arguments.integer("allow_tf32") != 0;
+  if (arguments.has("parts")) p.parts = static_cast<int>(arguments.integer("parts"));
   p.input = input.data;
   input.copy_strides(p.input_stride);
   p.offset = offset.data;
@@ -49,6 +67,7 @@ mafnet::ModulatedDeformConv2dParams make_params(cuemu::Arguments& arguments) {
     p.mask_dtype = cuemu::dtype_of(mask);
     copy_pixel_strides(mask, p.mask_stride);
   }
+  if (arguments.has("max_residue")) set_raw(arguments, p);
   p.weight = weight.data;
   return p;
 }
@@ -78,8 +97,8 @@ CUEMU_ENTRY(packed_weight_bytes) {
   return 0;
 }
 
-// Every gradient is optional. grad_input are accumulators, zeroed; fixed_sums and exponents,
-// zeroed, make it deterministic.
+// Every gradient is optional; that of raw offsets and masks is one. grad_input are accumulators,
+// zeroed; fixed_sums and exponents, zeroed, make it deterministic.
 CUEMU_ENTRY(backward) {
   mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
   const Array grad_output = arguments.in("grad_output");
@@ -96,6 +115,16 @@ CUEMU_ENTRY(backward) {
   }
   if (arguments.has("grad_offset")) p.grad_offset = arguments.out("grad_offset").data;
   if (arguments.has("grad_mask")) p.grad_mask = arguments.out("grad_mask").data;
+  if (arguments.has("grad_raw")) {
+    const Array grad_raw = arguments.out("grad_raw");
+    const int element_size = grad_raw.type.back() - '0';
+    const int64_t planes = int64_t{2} * p.offset_groups * p.taps();
+    p.grad_offset = grad_raw.data;
+    p.grad_mask = static_cast<char*>(grad_raw.data) + planes * p.pixels() * element_size;
+  }
+  if (arguments.has("grad_flow_1")) p.raw.grad_flow[0] = arguments.out("grad_flow_1").data;
+  if (arguments.has("grad_flow_2")) p.raw.grad_flow[1] = arguments.out("grad_flow_2").data;
+  if (arguments.has("flow_partials")) p.flow_partials = arguments.out("flow_partials").data;
   if (arguments.has("grad_weight")) {
     p.grad_weight = arguments.out("grad_weight").data;
     p.weight_partials = arguments.out("weight_partials").data;
@@ -104,11 +133,12 @@ CUEMU_ENTRY(backward) {
   return mafnet::launch_modulated_deform_conv2d_backward(p, nullptr);
 }
 
-// sizes: elements of weight_partials, limbs of fixed_sums.
+// sizes: elements of weight_partials, limbs of fixed_sums, elements of flow_partials.
 CUEMU_ENTRY(workspace) {
   const mafnet::ModulatedDeformConv2dParams p = make_params(arguments);
   auto* sizes = static_cast<int64_t*>(arguments.in_out("sizes").data);
   sizes[0] = mafnet::modulated_deform_conv2d_weight_partials(p);
   sizes[1] = mafnet::modulated_deform_conv2d_fixed_limbs(p.dtype);
+  sizes[2] = mafnet::modulated_deform_conv2d_flow_partials(p);
   return 0;
 }

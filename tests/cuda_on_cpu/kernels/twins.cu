@@ -41,6 +41,10 @@ __global__ void mma_tf32_k8(const uint32_t* a, const uint32_t* b, float* d) {
   multiply<4, 2>(a, b, d, [](auto& d, auto& a, auto& b) { mafnet::mma_m16n8k8_tf32(d, a, b); });
 }
 
+__global__ void round_to_tf32(const float* values, float* rounded) {
+  rounded[threadIdx.x] = mafnet::to_tf32(values[threadIdx.x]);
+}
+
 // rows: 8 N rows of 8 elements; loaded: N registers of each lane.
 template <int N, bool kTransposed>
 __global__ void load_matrix(const uint16_t* rows, uint32_t* loaded) {
@@ -100,6 +104,11 @@ CUEMU_ENTRY(f16_k16) { return run_mma(mma_f16_k16, arguments); }
 CUEMU_ENTRY(bf16_k16) { return run_mma(mma_bf16_k16, arguments); }
 CUEMU_ENTRY(f16_k8) { return run_mma(mma_f16_k8, arguments); }
 CUEMU_ENTRY(tf32_k8) { return run_mma(mma_tf32_k8, arguments); }
+CUEMU_ENTRY(to_tf32) {
+  auto* values = static_cast<const float*>(arguments.in("values").data);
+  auto* rounded = static_cast<float*>(arguments.out("rounded").data);
+  return launch(round_to_tf32, dim3(1), dim3(32), 0, nullptr, values, rounded);
+}
 CUEMU_ENTRY(ldmatrix_x4) { return run_load(load_matrix<4, false>, arguments); }
 CUEMU_ENTRY(ldmatrix_x4_trans) { return run_load(load_matrix<4, true>, arguments); }
 CUEMU_ENTRY(ldmatrix_x2) { return run_load(load_matrix<2, false>, arguments); }
@@ -125,6 +134,9 @@ RUN_MMA(f16_k16)
 RUN_MMA(bf16_k16)
 RUN_MMA(f16_k8)
 RUN_MMA(tf32_k8)
+extern "C" int run_to_tf32(const float* values, float* rounded) {
+  return launch(round_to_tf32, dim3(1), dim3(32), 0, nullptr, values, rounded);
+}
 RUN_LOAD(ldmatrix_x4, 4, false)
 RUN_LOAD(ldmatrix_x4_trans, 4, true)
 RUN_LOAD(ldmatrix_x2, 2, false)
