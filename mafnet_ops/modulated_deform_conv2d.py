@@ -68,8 +68,8 @@ def modulated_deform_conv2d(
     ``torch.use_deterministic_algorithms(True)`` its terms are rounded to integers of one scale, whose sums have
     none, with 8 bytes of workspace per element of ``input`` (16 in fp64).
 
-    fp32 products on CUDA's tensor cores (channels_last) have the error of fp32, or that of TF32 where torch allows it for
-    matrix products (``torch.backends.cuda.matmul``).
+    fp32 products on CUDA's tensor cores (channels_last) have the error of fp32, or that of TF32 where torch allows it
+    for matrix products (``torch.backends.cuda.matmul``).
 
     Raises:
         ValueError: a shape, stride, padding, dilation or device that does not fit.

@@ -66,11 +66,11 @@ inline int slots_of(const ModulatedDeformConv2dParams& p, int64_t weight_bytes) 
 
 // The number of threads may decide it, as it has no bearing on any sum.
 template <typename A>
-int bands_of(const ModulatedDeformConv2dParams& p, int slots, int stored) {
+int bands_of(const ModulatedDeformConv2dParams& p, int slots, int stored, int64_t flow_bytes) {
   const int64_t bytes = int64_t{p.height} * p.width * stored * sizeof(A);
   const int64_t tasks = torch::stable::get_num_threads();
   int bands = 1;
-  while (bands < slots && (bytes > kBandBytes * bands ||
+  while (bands < slots && (bytes > kBandBytes * bands || flow_bytes > kFlowBytes * bands ||
                            (p.offset_groups * bands < tasks && p.height >= 64 * bands))) {
     bands *= 2;
   }
@@ -110,9 +110,10 @@ Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
     max_stored = std::max(max_stored, segments[s].stored);
   }
   slots = slots_of(p, slot_size * sizeof(A));
-  bands = p.grad_input == nullptr ? slots : bands_of<A>(p, slots, max_stored * twins);
-  const int64_t flow_bytes = 2 * sizeof(A) * p.offset_groups * p.pixels();
-  slice = wants_flow(p) ? slice_of(bands, flow_bytes) : bands;
+  const int64_t flow_bytes =
+      wants_flow(p) ? 2 * static_cast<int64_t>(sizeof(A)) * p.offset_groups * p.pixels() : 0;
+  bands = p.grad_input == nullptr ? slots : bands_of<A>(p, slots, max_stored * twins, flow_bytes);
+  slice = slice_of(bands, flow_bytes);
   for (int slot = 0; slot < slots; ++slot) {
     const int64_t end = p.out_height * (slot + int64_t{1}) / slots * p.out_width;
     for (int64_t first = p.out_height * int64_t{slot} / slots * p.out_width; first < end;

@@ -176,8 +176,11 @@ def test_tf32_where_torch_allows_it(op: Callable[..., Tensor]) -> None:
                 op(*tensors, padding=1)
             torch.compiler.reset()
             traced.clear()
-            torch.compile(op, backend=backend, fullgraph=True)(*tensors, padding=1)
-            for (arguments,) in (calls.of_forward, traced):
+            compiled = torch.compile(op, backend=backend, fullgraph=True)
+            compiled(*tensors, padding=1)  # without gradients, and with them
+            compiled(tensors[0].clone().requires_grad_(), *tensors[1:], padding=1)
+            assert len(calls.of_forward) == 1 and len(traced) >= 2
+            for arguments in (*calls.of_forward, *traced):
                 assert (arguments[-1] is True) == allowed
     finally:
         matmul.fp32_precision = before
