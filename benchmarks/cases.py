@@ -215,7 +215,77 @@ def modulated_deform_conv2d_cases(suite: Suite) -> Iterator[Case]:
             )
 
 
+# -------------------------------------------------------------------------------------- deform_align
+
+REACH = 10.0  # of the residues, in pixels
+
+
+def align_recipe(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What people write: offsets and masks as tensors, then the convolution."""
+
+    def call(
+        image: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, flow_1: Tensor, flow_2: Tensor
+    ) -> Tensor:
+        first, second, mask = raw.chunk(3, 1)
+        halves = (REACH * torch.cat([first, second], 1).tanh()).chunk(2, 1)
+        moved = [
+            half + flow.permute(0, 3, 1, 2).flip(1).repeat(1, half.shape[1] // 2, 1, 1)
+            for half, flow in zip(halves, (flow_1, flow_2))
+        ]
+        return convolution(image, torch.cat(moved, 1), mask.sigmoid(), weight, bias)
+
+    return call
+
+
+def deform_align_cases(suite: Suite) -> Iterator[Case]:
+    def ours(
+        image: Tensor, raw: Tensor, weight: Tensor, bias: Tensor, flow_1: Tensor, flow_2: Tensor
+    ) -> Tensor:
+        return mafnet_ops.deform_align(image, raw, weight, bias, flow_1, flow_2, REACH)
+
+    def plain(image: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return mafnet_ops.modulated_deform_conv2d(image, offset, mask, weight, bias, 1, 1)
+
+    implementations = [
+        Implementation("mafnet_ops", ours),
+        Implementation("recipe + mafnet_ops' convolution", align_recipe(plain)),
+    ]
+    torchvision = torchvision_deform_conv2d()
+    if torchvision is not None:
+        recipe = align_recipe(torchvision.call)
+        implementations.append(Implementation("recipe + torchvision", recipe))
+    # BasicVSR++: two states of 64 channels, 16 offset groups.
+    shapes = ((9, 11, 8, 4),) if suite.small else ((64, 64, 128, 16), (180, 320, 128, 16))
+    for height, width, channels, groups in shapes:
+        for dtype, (layout, memory_format) in itertools.product(suite.dtypes, LAYOUTS.items()):
+            torch.manual_seed(0)
+            device, low = suite.device, DTYPES[dtype]
+            image = torch.randn(1, channels, height, width, device=device)
+            weight = torch.randn(64, channels, 3, 3, device=device) / (9 * channels) ** 0.5
+            inputs = (
+                image.to(low, memory_format=memory_format),
+                0.3 * torch.randn(1, 27 * groups, height, width, device=device),
+                weight.to(low),
+                torch.randn(64, device=device).to(low),
+                smooth_flow(height, width, device),
+                smooth_flow(height, width, device),
+            )
+            yield Case(
+                op="deform_align",
+                shape=f"1x{channels}x{height}x{width} k3 g{groups}",
+                dtype=dtype,
+                layout=layout,
+                distribution="smooth",
+                inputs=tuple(t.requires_grad_() for t in inputs),
+                implementations=tuple(implementations),
+                definition=align_recipe(deform_conv_definition),
+                flops=2 * 9 * channels * 64 * height * width,
+                terms=9 * channels,
+            )
+
+
 CASES: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "flow_warp": flow_warp_cases,
     "modulated_deform_conv2d": modulated_deform_conv2d_cases,
+    "deform_align": deform_align_cases,
 }

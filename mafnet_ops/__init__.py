@@ -6,10 +6,16 @@ compiled kernels are used where they are built. ``mafnet_ops.doctor()`` says whi
 
 from . import reference
 from ._version import __version__
+from .alignment import ModulatedDeformConv2dPack, SecondOrderDeformAlign
 from .deform_align import DeformAlign, deform_align
 from .doctor import doctor
 from .flow_warp import flow_warp
-from .modulated_deform_conv2d import ModulatedDeformConv2d, modulated_deform_conv2d
+from .modulated_deform_conv2d import (
+    ModulatedDeformConv2d,
+    modulated_deform_conv2d,
+    watch_offsets,
+)
+from .offset_health import OffsetHealth
 from .pyramid_spatial_attention import (
     PyramidSpatialAttention,
     pool_concat,
@@ -23,7 +29,10 @@ from .self_attention import SelfAttention, self_attention
 __all__ = [
     "DeformAlign",
     "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "OffsetHealth",
     "PyramidSpatialAttention",
+    "SecondOrderDeformAlign",
     "SelfAttention",
     "__version__",
     "deform_align",
@@ -37,4 +46,5 @@ __all__ = [
     "resize_add",
     "self_attention",
     "spatial_gate",
+    "watch_offsets",
 ]

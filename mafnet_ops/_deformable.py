@@ -119,13 +119,20 @@ def tf32_is_allowed() -> bool:
 class Functions:
     """The autograd Functions of an op, each applied to (*tensors, options)."""
 
+    raw: Callable[..., Tensor]
     plain: type[torch.autograd.Function]
     with_jvp: type[torch.autograd.Function]
 
     def apply(self, *arguments: Any) -> Tensor:
-        # Dynamo refuses a Function with a custom jvp and has no use for one.
-        function = self.plain if torch.compiler.is_compiling() else self.with_jvp
-        return function.apply(*arguments)
+        *tensors, options = arguments
+        options = (*options, tf32_is_allowed())
+        if not torch.compiler.is_compiling():
+            return self.with_jvp.apply(*tensors, options)
+        # Dynamo refuses a Function with a custom jvp and has no use for one. Where it needs no gradients it counts
+        # the parameters that forward names, of which there are none.
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return self.plain.apply(*tensors, options)
+        return self.raw(*tensors, *options)
 
 
 def make_functions(
@@ -191,16 +198,17 @@ def make_functions(
             return tuple(unfolded), (0,) * len(unfolded)
 
     class Forward(torch.autograd.Function):
-        """(*tensors, options) -> output."""
+        """(*tensors, (*options, whether TF32 is allowed)) -> output."""
 
         @staticmethod
         def forward(*arguments: Any) -> Tensor:
             *tensors, options = arguments
-            return raw_forward(*tensors, *options, tf32_is_allowed())
+            return raw_forward(*tensors, *options)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.options = inputs
+            *tensors, options = inputs
+            ctx.options = options[:-1]  # TF32 is of the forward alone
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
 
@@ -231,7 +239,7 @@ def make_functions(
             present, primals, filled = _present(ctx.saved_for_forward, tangents)
             return jvp_by_vjp(_in_double(definition, present, ctx.options), primals, filled)
 
-    return Functions(Forward, ForwardWithJvp)
+    return Functions(raw_forward, Forward, ForwardWithJvp)
 
 
 def _present(

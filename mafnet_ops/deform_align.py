@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def deform_align(
     bias: Tensor | None = None,
     flow_1: Tensor | None = None,
     flow_2: Tensor | None = None,
-    max_residue_magnitude: float = 10.0,
+    max_residue_magnitude: float | None = 10.0,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
@@ -51,7 +52,8 @@ def deform_align(
         bias: (C_out,) or None.
         flow_1, flow_2: base flows (N, H_out, W_out, 2) in input pixels, channel 0 = x, or None. One flow serves all G
             offset groups; of two, ``flow_1`` serves the first half of the groups and ``flow_2`` the second.
-        max_residue_magnitude: bound on the learnt part of the offset, in pixels.
+        max_residue_magnitude: bound on the learnt part of the offset, in pixels. None: there is no tanh, and the raw
+            offsets are in pixels, as in EDVR.
         stride, padding, dilation: as :func:`modulated_deform_conv2d`; the default padding keeps the size at 3 x 3.
         parts: input is this many equal parts side by side, say two states of a recurrence, that are sampled at the
             same places: each is cut into the G offset groups by itself. With ``groups`` a multiple of it the parts
@@ -75,11 +77,17 @@ def deform_align(
     if flow_1 is not None and flow_2 is not None and flow_1.dtype != flow_2.dtype:
         compute = reference.coordinate_dtype(input.dtype)
         flow_1, flow_2 = flow_1.to(compute), flow_2.to(compute)
-    if input.device.type not in _NATIVE_DEVICES:
+    # The raw ops know no None.
+    reach = math.inf if max_residue_magnitude is None else float(max_residue_magnitude)
+    device = input.device.type
+    if device != "cpu" and parts > 1 and flow_2 is None:
+        raw, parts = _repeat(raw, parts), 1
+    only_on_cpu = parts > 1 or reach == math.inf
+    if device not in _NATIVE_DEVICES or (only_on_cpu and device != "cpu"):
         # The prologue in PyTorch, then whatever runs the convolution here.
-        offset, mask = _offsets(raw, flow_1, flow_2, max_residue_magnitude, parts)
+        offset, mask = _offsets(raw, flow_1, flow_2, reach, parts)
         return modulated_deform_conv2d(input, offset, mask, weight, bias, *pairs(geometry))
-    options = (float(max_residue_magnitude), *geometry, parts)
+    options = (reach, *geometry, parts)
     return _FUNCTIONS.apply(input, raw, flow_1, flow_2, weight, bias, options)
 
 
@@ -111,6 +119,12 @@ def _check(
         if flow is not None:
             require_shape(_OP, name, flow, shape, "(N, H_out, W_out, 2)")
     return checked
+
+
+def _repeat(raw: Tensor, parts: int) -> Tensor:
+    """Raw output with as many more offset groups as there are parts."""
+    offset, mask = raw.split([raw.shape[1] // 3 * 2, raw.shape[1] // 3], 1)
+    return torch.cat([offset] * parts + [mask] * parts, 1)
 
 
 def _offsets(
@@ -237,11 +251,17 @@ class DeformAlign(ModulatedDeformConv2d):
         out_channels: int,
         kernel_size: int = 3,
         groups: int = 1,
-        max_residue_magnitude: float = 10.0,
+        max_residue_magnitude: float | None = 10.0,
         parts: int = 1,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        dilation: int | Sequence[int] = 1,
+        bias: bool = True,
     ) -> None:
+        """``padding``: by default half of the kernel. The others are as in :func:`deform_align`."""
+        padding = kernel_size // 2 if padding is None else padding
         super().__init__(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         )
         self.max_residue_magnitude = max_residue_magnitude
         self.parts = parts
@@ -249,6 +269,9 @@ class DeformAlign(ModulatedDeformConv2d):
     def forward(
         self, input: Tensor, raw: Tensor, flow_1: Tensor | None = None, flow_2: Tensor | None = None
     ) -> Tensor:
+        if self.health is not None:
+            reach = math.inf if self.max_residue_magnitude is None else self.max_residue_magnitude
+            self.health(_offsets(raw.detach(), flow_1, flow_2, reach, 1)[0])
         return deform_align(
             input,
             raw,

@@ -21,6 +21,7 @@ from ._deformable import (
     make_functions,
     pairs,
 )
+from .offset_health import OffsetHealth
 
 _OP = "modulated_deform_conv2d"
 
@@ -67,8 +68,8 @@ def modulated_deform_conv2d(
     ``torch.use_deterministic_algorithms(True)`` its terms are rounded to integers of one scale, whose sums have
     none, with 8 bytes of workspace per element of ``input`` (16 in fp64).
 
-    fp32 products on CUDA's tensor cores (channels_last) have the error of fp32, or that of TF32 where torch allows it for
-    matrix products (``torch.backends.cuda.matmul``).
+    fp32 products on CUDA's tensor cores (channels_last) have the error of fp32, or that of TF32 where torch allows it
+    for matrix products (``torch.backends.cuda.matmul``).
 
     Raises:
         ValueError: a shape, stride, padding, dilation or device that does not fit.
@@ -220,6 +221,7 @@ class ModulatedDeformConv2d(nn.Module):
         self.padding = pair(_OP, "padding", padding, 0)
         self.dilation = pair(_OP, "dilation", dilation, 1)
         self.groups = groups
+        self.health: OffsetHealth | None = None
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, *self.kernel_size)
         )
@@ -230,6 +232,8 @@ class ModulatedDeformConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.health is not None:
+            self.health(offset)
         return modulated_deform_conv2d(
             input, offset, mask, self.weight, self.bias, self.stride, self.padding, self.dilation
         )
@@ -240,3 +244,16 @@ class ModulatedDeformConv2d(nn.Module):
             f"{group_channels * self.groups}, {out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
         )
+
+
+def watch_offsets(model: nn.Module, threshold: float = 50.0) -> dict[str, OffsetHealth]:
+    """Give every deformable module of ``model`` counters of its own, by the module's name.
+
+    Counting passes over the offsets a few times more, and where kernels take a head's raw output it makes the offsets
+    for that. ``module.health = None`` ends it.
+    """
+    watched = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulatedDeformConv2d):
+            module.health = watched[name] = OffsetHealth(threshold).to(module.weight.device)
+    return watched

@@ -10,6 +10,7 @@ merely far outside samples the padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -241,11 +242,13 @@ def deform_align_offsets(
 
     The first two thirds become ``max_residue_magnitude * tanh(.)`` plus the base flow (x, y) flipped to
     (dy, dx); the last third a sigmoid mask. With two flows the first half of the offset groups takes
-    ``flow_1`` and the second half ``flow_2``.
+    ``flow_1`` and the second half ``flow_2``. With an infinite ``max_residue_magnitude`` there is no tanh: the
+    raw values are the residues.
     """
     compute = coordinate_dtype(raw.dtype)
     residue, mask = raw.to(compute).split([raw.shape[1] // 3 * 2, raw.shape[1] // 3], 1)
-    offset = max_residue_magnitude * torch.tanh(residue)
+    bounded = max_residue_magnitude != math.inf
+    offset = max_residue_magnitude * torch.tanh(residue) if bounded else residue
     flows = [f for f in (flow_1, flow_2) if f is not None]
     if flows:
         pairs = offset.shape[1] // 2 // len(flows)

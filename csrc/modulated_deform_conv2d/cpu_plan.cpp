@@ -52,6 +52,13 @@ Planes planes_of(const ModulatedDeformConv2dParams& p, const Block& b, int plane
 template <typename A>
 MAFNET_INLINE void activate_offsets(int count, A max_residue, const A* raw, const A* flow, A* value,
                                     A* slope) {
+  if (std::isinf(max_residue)) {
+    for (int i = 0; i < round_up(count, kChunk); ++i) {
+      value[i] = raw[i] + flow[i];
+      slope[i] = 1;
+    }
+    return;
+  }
 #pragma omp simd
   for (int i = 0; i < round_up(count, kChunk); ++i) {
     const auto tanh = tanh_of(raw[i]);

@@ -11,7 +11,8 @@ namespace mafnet {
 
 // deform_align: offset and mask are raw, as a network's head put them out. A kernel reads
 //   max_residue * tanh(offset) + flow    and    sigmoid(mask)
-// in their place, and their gradients are those of the raw values.
+// in their place, and their gradients are those of the raw values. Where max_residue is infinite
+// there is no tanh: offset + flow.
 struct RawOffsets {
   bool used = false;  // otherwise nothing of the below is set
   double max_residue = 0;

@@ -7,6 +7,7 @@ to oracles in fp64. Outputs and workspaces come poisoned, so one that is not wri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +47,17 @@ from cuda_on_cpu.modulated_deform_conv2d_tensor_core_cases import (
 )
 from tolerances import assert_same
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mafnet_ops import modulated_deform_conv2d
+from mafnet_ops import deform_align, modulated_deform_conv2d
+from mafnet_ops._library import backend
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no emulator: {why_not()}")
 
+needs_ops = pytest.mark.skipif(
+    backend("modulated_deform_conv2d", "cpu").name != "native",
+    reason="the compiled ops are not built",
+)
 FEW = (
     "kernel 3x2, stride 2x1, dilation 1x2",
     "offset groups straddle 3 groups",
@@ -63,6 +70,24 @@ tensor_core_cases = pytest.mark.parametrize(
 )
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def is_forward(name: str) -> bool:
+    """Of a raw op."""
+    return "mafnet_ops" in name and "forward" in name
+
+
+class RecordedCalls(TorchDispatchMode):
+    """The arguments of the raw forward ops that are called; a default that ends them is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_forward: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_forward(func.name()):
+            self.of_forward.append(args)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +149,41 @@ def test_fragments_hold_the_channels_that_they_should(
 @tensor_core_cases
 def test_forward_by_tf32(kernels: Kernels, case: Case) -> None:
     check_tf32(kernels, case)
+
+
+@needs_ops
+@pytest.mark.parametrize("op", [modulated_deform_conv2d, deform_align])
+def test_tf32_where_torch_allows_it(op: Callable[..., Tensor]) -> None:
+    """Torch's setting for matrix products reaches the kernels, in compiled code too."""
+    input, offset, mask, weight, bias = Case().tensors(torch.float32)
+    tensors = (input, offset, mask, weight, bias)
+    if op is deform_align:
+        tensors = (input, torch.cat([offset, mask], 1), weight, bias)
+    traced: list[tuple[Any, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        nodes = [node for module in modules for node in module.graph.nodes]
+        traced.extend(node.args for node in nodes if is_forward(str(node.target)))
+        return graph.forward
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, allowed in (("ieee", False), ("tf32", True)):
+            matmul.fp32_precision = precision
+            with RecordedCalls() as calls:
+                op(*tensors, padding=1)
+            torch.compiler.reset()
+            traced.clear()
+            compiled = torch.compile(op, backend=backend, fullgraph=True)
+            compiled(*tensors, padding=1)  # without gradients, and with them
+            compiled(tensors[0].clone().requires_grad_(), *tensors[1:], padding=1)
+            assert len(calls.of_forward) == 1 and len(traced) >= 2
+            for arguments in (*calls.of_forward, *traced):
+                assert (arguments[-1] is True) == allowed
+    finally:
+        matmul.fp32_precision = before
 
 
 @all_cases

@@ -1,4 +1,4 @@
-"""flow_warp on the CPU stays several times faster than F.grid_sample.
+"""flow_warp on the CPU stays several times faster than F.grid_sample, and deform_align than its parts.
 
 Ratios of interleaved minima of process time on one thread, which hold on a busy machine; the bars lie well below what
 an idle one shows (docs/ops/flow_warp.md). The rival gets its grid for nothing.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mafnet_ops import flow_warp
+from mafnet_ops import deform_align, flow_warp, modulated_deform_conv2d, reference
 
 NATIVE = "cpu" in importlib.import_module("mafnet_ops.flow_warp")._NATIVE_DEVICES
 pytestmark = pytest.mark.skipif(
@@ -134,3 +134,41 @@ def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, width: in
     parts = zip(*(run(part) for part in image.split(16, dim=1)))
     for large, small in zip(run(image), parts):
         assert torch.equal(large, torch.cat(small, dim=1))
+
+
+# ------------------------------------------------------------------------------------- deform_align
+
+
+def align_minima(groups: int, parts: int, backward: bool) -> list[float]:
+    """The fused op, and its recipe: offsets by PyTorch, for each part again, then our own convolution."""
+    height, width = HEIGHT // 2, WIDTH // 2
+    image = torch.randn(1, CHANNELS, height, width)
+    raw = torch.randn(1, 27 * groups, height, width)
+    flow = 2 * torch.randn(1, height, width, 2)
+    weight = torch.randn(CHANNELS, CHANNELS // parts, 3, 3) / 24
+    leaves = [t.requires_grad_(backward) for t in (image, raw, weight, flow)]
+
+    def fused() -> Tensor:
+        return deform_align(image, raw, weight, None, flow, parts=parts)
+
+    def recipe() -> Tensor:
+        offset, mask = reference.deform_align_offsets(raw, flow, None, 10.0)
+        offset, mask = offset.repeat(1, parts, 1, 1), mask.repeat(1, parts, 1, 1)
+        return modulated_deform_conv2d(image, offset, mask, weight, None, 1, 1)
+
+    def step(function: Callable[[], Tensor]) -> None:
+        out = function()
+        if backward:
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return minima([lambda: step(fused), lambda: step(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("groups", "parts", "backward", "bar"),
+    [(8, 1, False, 1.3), (8, 2, False, 1.4), (8, 1, True, 1.1), (8, 2, True, 1.2)],
+    ids=str,
+)
+def test_deform_align_beats_its_recipe(groups: int, parts: int, backward: bool, bar: float) -> None:
+    ours, theirs = align_minima(groups, parts, backward)
+    assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"

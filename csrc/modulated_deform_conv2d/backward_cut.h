@@ -1,0 +1,135 @@
+// How a backward pass on the CPU is cut up: bands of rows, slots, blocks; and its packed weight.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/pixels.h"
+#include "modulated_deform_conv2d/plan.h"
+
+namespace mafnet {
+
+// Channels that a task handles at a time: bounds its memory.
+constexpr int kMaxChannels = 64;
+// Parts of an image with sums of grad_weight of their own, at most; bounded by the memory of these.
+constexpr int kMaxSlots = 32;
+constexpr int64_t kSlotBytes = 20 << 20;
+constexpr int64_t kSlotPixels = 768;  // at least: blocks are cut at the ends of slots
+// Of the base flows' gradients by offset group: an image that needs more goes in slices of bands.
+constexpr int64_t kFlowBytes = 4 << 20;
+// Of a band of grad_input in a task, at most where slots allow: in or near the second cache.
+constexpr int64_t kBandBytes = 4 << 20;
+
+// Output pixels of one slot.
+struct Piece {
+  int64_t first;
+  int count, slot;
+};
+
+template <typename A>
+struct Backward {
+  explicit Backward(const ModulatedDeformConv2dParams& p);
+
+  int columns_of(int segment) const { return segments[segment].stored * taps; }
+
+  // Rows of the image whose pieces a band owns, as its pixels.
+  int64_t first_pixel(const ModulatedDeformConv2dParams& p, int band) const {
+    return p.out_height * int64_t{band} * (slots / bands) / slots * p.out_width;
+  }
+
+  int taps, slots, bands;
+  int slice;                    // bands between sums of the flows' gradients
+  int out;                      // out channels of a group, padded
+  int max_columns, max_stored;  // of a segment
+  int twins;
+  std::vector<Segment> segments;            // of all twins, those of the first first
+  std::vector<int64_t> weight_at, grad_at;  // where a segment begins in weight, in a slot
+  std::vector<Piece> pieces;                // of an image, in order
+  int64_t slot_size;
+  Buffer<A> weight;       // [segment][out channel][tap][channel], rows padded
+  Buffer<A> grad_weight;  // [slot][segment][tap][channel][out channel]
+  Buffer<A> grad_bias;    // [slot][out channel]
+};
+
+inline int slots_of(const ModulatedDeformConv2dParams& p, int64_t weight_bytes) {
+  int slots = 1;
+  while (2 * slots <= kMaxSlots && 2 * slots <= std::min(p.out_height, p.height) &&
+         2 * slots * kSlotPixels <= p.pixels() && 2 * slots * weight_bytes <= kSlotBytes) {
+    slots *= 2;
+  }
+  return slots;
+}
+
+// The number of threads may decide it, as it has no bearing on any sum.
+template <typename A>
+int bands_of(const ModulatedDeformConv2dParams& p, int slots, int stored) {
+  const int64_t bytes = int64_t{p.height} * p.width * stored * sizeof(A);
+  const int64_t tasks = torch::stable::get_num_threads();
+  int bands = 1;
+  while (bands < slots && (bytes > kBandBytes * bands ||
+                           (p.offset_groups * bands < tasks && p.height >= 64 * bands))) {
+    bands *= 2;
+  }
+  return bands;
+}
+
+inline bool wants_flow(const ModulatedDeformConv2dParams& p) {
+  return p.raw.grad_flow[0] != nullptr || p.raw.grad_flow[1] != nullptr;
+}
+
+inline int slice_of(int bands, int64_t bytes) {
+  int slice = bands;
+  while (slice > 1 && bytes / bands * slice > kFlowBytes) slice /= 2;
+  return slice;
+}
+
+template <typename A>
+Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
+    : taps(p.taps()),
+      out(round_up(p.group_outputs(), kColumnPad)),
+      max_columns(0),
+      max_stored(0),
+      twins(twins_of(p)),
+      segments(make_segments(p, kMaxChannels / std::min(twins, kMaxChannels))),
+      slot_size(0),
+      weight(0),
+      grad_weight(0),
+      grad_bias(0) {
+  int64_t weight_size = 0;
+  for (size_t s = 0; s < segments.size(); ++s) {
+    const int columns = columns_of(static_cast<int>(s));
+    weight_at.push_back(weight_size);
+    grad_at.push_back(slot_size);
+    weight_size += int64_t{p.group_outputs()} * round_up(columns, kColumnPad);
+    slot_size += int64_t{columns} * out;
+    max_columns = std::max(max_columns, columns);
+    max_stored = std::max(max_stored, segments[s].stored);
+  }
+  slots = slots_of(p, slot_size * sizeof(A));
+  bands = p.grad_input == nullptr ? slots : bands_of<A>(p, slots, max_stored * twins);
+  const int64_t flow_bytes = 2 * sizeof(A) * p.offset_groups * p.pixels();
+  slice = wants_flow(p) ? slice_of(bands, flow_bytes) : bands;
+  for (int slot = 0; slot < slots; ++slot) {
+    const int64_t end = p.out_height * (slot + int64_t{1}) / slots * p.out_width;
+    for (int64_t first = p.out_height * int64_t{slot} / slots * p.out_width; first < end;
+         first += kMaxBlock) {
+      pieces.push_back({first, static_cast<int>(std::min<int64_t>(kMaxBlock, end - first)), slot});
+    }
+  }
+  weight.resize(weight_size);
+  if (p.grad_weight != nullptr) grad_weight.resize(slots * slot_size);
+  if (p.grad_bias != nullptr) grad_bias.resize(int64_t{slots} * p.out_channels);
+  with_dtype<A>(p.dtype, [&](auto type) {
+    const auto* from = static_cast<const typename decltype(type)::type*>(p.weight);
+    for_weights(p, segments, [&](int s, int column, int o, int64_t at) {
+      weight.data()[weight_at[s] + int64_t{o} * round_up(columns_of(s), kColumnPad) + column] =
+          static_cast<A>(from[at]);
+    });
+  });
+}
+
+}  // namespace mafnet
