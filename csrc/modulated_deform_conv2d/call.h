@@ -225,7 +225,12 @@ inline std::tuple<Tensor, Tensor, Tensor> run_backward(Call& call, const Tensor&
   check_same_device(call.op, "grad_output", grad_output, call.input);
   check_dtype(call, "grad_output", grad_output);
   DeviceScope scope(call.input);
-  call.grad_output = with_flat_pixels(grad_output);
+  // The tensor-core kernels on CUDA want it in the layout of input.
+  const bool is_half = p.dtype == Dtype::kFloat16 || p.dtype == Dtype::kBFloat16;
+  const bool moves = kIsCuda && is_half && has_channels_last(call.input) &&
+                     grad_output.size(1) > 1 && !has_channels_last(grad_output);
+  call.grad_output = with_flat_pixels(
+      moves ? torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast) : grad_output);
   p.grad_output = call.grad_output.const_data_ptr();
   copy_pixel_strides(call.grad_output, p.grad_output_stride);
 

@@ -162,14 +162,17 @@ def check_each_gradient_alone(kernels: Kernels) -> None:
 
 
 def check_infinite_sample(kernels: Kernels) -> None:
-    """Of the only pixel: its repetitions up to the end of the tile are not there."""
-    case = Case(1, 32, 8, (1, 1), (1, 1), padding=(0, 0), offset_groups=4, channels_last=True)
+    """Both pixels sample infinity; the last one's repetitions up to the end of the tile are not there."""
+    case = Case(1, 32, 8, (1, 2), (1, 1), padding=(0, 0), offset_groups=4, channels_last=True)
     tensors = case.tensors(torch.float16)
-    tensors[0][0, 5] = math.inf
+    tensors[0][0, 5, 0, 0] = math.inf
     tensors[1] = tensors[1] * 0
+    tensors[1][:, 1::2, :, 1] = -1
     tensors[2] = torch.ones_like(tensors[2])
-    grad = backward(kernels, case, tensors, random_grad(case, tensors), ("weight",))["weight"]
-    assert grad[:, 5].isinf().all()
+    grad_output = random_grad(case, tensors).abs() + 1
+    assert on_tensor_cores(kernels, case, tensors, grad_output)
+    grad = backward(kernels, case, tensors, grad_output, ("weight",))["weight"]
+    assert (grad[:, 5] == math.inf).all()
     assert grad.isfinite().sum() == 31 * 8
 
 

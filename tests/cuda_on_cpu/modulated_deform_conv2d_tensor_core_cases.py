@@ -147,7 +147,7 @@ NOT_FOR_TENSOR_CORES: tuple[dict[str, Any], ...] = (
     {"channels_last": False},
     {"size": (0, 3), "padding": (2, 1)},
     {"size": (3, 0), "padding": (1, 2)},
-    {"batch": 65536, "kernel": (1, 1), "padding": (0, 0), "size": (1, 1)},
+    {"batch": 65536, "kernel": (1, 1), "padding": (0, 0), "size": (1, 2)},
     {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
     {"stride": (1, 1 << 20), "padding": (1, 1 << 21)},
 )
