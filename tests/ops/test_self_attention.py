@@ -33,6 +33,8 @@ DOUBLE = torch.float64
 attention: Callable[..., Tensor] = self_attention
 by_loop: Callable[..., Tensor] = attention_loop
 by_window_loop: Callable[..., Tensor] = windowed_attention_loop
+plain: Callable[..., Tensor] = reference.self_attention
+plain_windows: Callable[..., Tensor] = reference.windowed_self_attention
 
 # (N, heads, L, D_qk, D_v)
 SHAPES = [(2, 3, 7, 4, 5), (1, 1, 1, 1, 1), (1, 2, 33, 8, 64), (3, 1, 12, 5, 2), (1, 1, 2, 16, 1)]
@@ -162,11 +164,6 @@ def test_gradcheck_twice(window: int | None, blocks: bool, monkeypatch: Any) -> 
 # -------------------------------------------------------------------------------------- memory bound
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The PyTorch path, which other devices and second derivatives take."""
-    return reference.self_attention(query, key, value, 1.0)
-
-
 class ScoreMeter:
     """Counts the scores that each softmax works on, and what autograd saves of that size."""
 
@@ -188,10 +185,10 @@ class ScoreMeter:
 def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
     """2 heads, 14 tokens: 392 scores. Less room, same result, forward and backward."""
     given = tensors(1, 2, 14, 3, 4)
-    expected, grads = plain(*given), gradients(plain, given)
+    expected, grads = plain(*given, 1.0), gradients(plain, given, 1.0)
     monkeypatch.setattr(reference, "MAX_SCORES", limit)
     meter = ScoreMeter(monkeypatch)
-    assert_rounding_only(plain(*given), expected, terms((1, 2, 14, 3, 4)))
+    assert_rounding_only(plain(*given, 1.0), expected, terms((1, 2, 14, 3, 4)))
     at_least_one_row = max(limit, 2 * 14)
     assert meter.largest() <= at_least_one_row
     assert sum(meter.sizes) == 392
@@ -203,7 +200,7 @@ def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        actual = gradients(plain, given)
+        actual = gradients(plain, given, 1.0)
     for a, e in zip(actual, grads):
         assert_rounding_only(a, e, terms((1, 2, 14, 3, 4)), 4)
     assert meter.largest() <= at_least_one_row
@@ -216,10 +213,10 @@ def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
 
 def test_windows_are_bounded_too(monkeypatch: Any) -> None:
     given = tensors(1, 1, 64, 2, 2)
-    expected = reference.windowed_self_attention(*given, 1.0, 4, (8, 8))
+    expected = plain_windows(*given, 1.0, 4, (8, 8))
     monkeypatch.setattr(reference, "MAX_SCORES", 64)
     meter = ScoreMeter(monkeypatch)
-    out = reference.windowed_self_attention(*given, 1.0, 4, (8, 8))
+    out = plain_windows(*given, 1.0, 4, (8, 8))
     assert_rounding_only(out, expected, terms((1, 1, 16, 2, 2)))
     assert meter.largest() <= 64
 
