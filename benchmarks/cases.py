@@ -284,8 +284,64 @@ def deform_align_cases(suite: Suite) -> Iterator[Case]:
             )
 
 
+# ----------------------------------------------------------------------------------- self_attention
+
+
+def naive_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What non-local blocks do: all scores at once."""
+    return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1) @ value
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """SDPA's fast kernels want one width for all three; zeros do not change a score."""
+    scale, missing = query.shape[-1] ** -0.5, value.shape[-1] - query.shape[-1]
+    query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def attention_definition(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return reference.self_attention(query, key, value, query.shape[-1] ** -0.5)
+
+
+def self_attention_cases(suite: Suite) -> Iterator[Case]:
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return mafnet_ops.self_attention(query, key, value, query.shape[-1] ** -0.5)
+
+    shapes: tuple[tuple[int, int, int], ...] = ((150, 8, 32),)
+    if not suite.small:
+        shapes = ((4096, 64, 64), (4096, 8, 64), (16384, 64, 64))
+    for length, d_qk, d_v in shapes:
+        for dtype, layout in itertools.product(suite.dtypes, LAYOUTS):
+            torch.manual_seed(0)
+            inputs = [torch.randn(1, 1, length, d, device=suite.device) for d in (d_qk, d_qk, d_v)]
+            inputs = [t.to(DTYPES[dtype]) for t in inputs]
+            if layout == "planar":  # as convolutions leave it
+                inputs = [t.mT.contiguous().mT for t in inputs]
+            implementations = [
+                Implementation("mafnet_ops", ours),
+                Implementation("SDPA", F.scaled_dot_product_attention),
+            ]
+            if d_qk != d_v:
+                implementations.append(Implementation("SDPA, padded", padded_attention))
+            if length <= 4096:
+                implementations.append(Implementation("softmax + bmm", naive_attention))
+            yield Case(
+                op="self_attention",
+                shape=f"1x1x{length} d{d_qk}/{d_v}",
+                dtype=dtype,
+                layout=layout,
+                distribution="normal",
+                inputs=tuple(t.requires_grad_() for t in inputs),
+                implementations=tuple(implementations),
+                definition=attention_definition,
+                flops=2 * length**2 * (d_qk + d_v),
+                terms=length,
+            )
+
+
 CASES: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "flow_warp": flow_warp_cases,
     "modulated_deform_conv2d": modulated_deform_conv2d_cases,
     "deform_align": deform_align_cases,
+    "self_attention": self_attention_cases,
 }

@@ -269,7 +269,8 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[_Optional, ...]:
         # Dynamo cannot nest Functions here; it differentiates once.
-        function = _backward if torch.compiler.is_compiling() else _SelfAttentionBackward.apply
+        compiling = torch.compiler.is_compiling()
+        function: Any = _backward if compiling else _SelfAttentionBackward.apply
         results = function(grads[0], *ctx.saved_tensors, ctx.scale, ctx.options)
         return (*results, None, None)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,12 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mafnet_ops import SelfAttention, reference, self_attention
 
+NATIVE = "cpu" in importlib.import_module("mafnet_ops.self_attention")._NATIVE_DEVICES
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
 # Called with unpacked lists, which a type checker cannot count.
 attention: Callable[..., Tensor] = self_attention
 by_loop: Callable[..., Tensor] = attention_loop
 by_window_loop: Callable[..., Tensor] = windowed_attention_loop
+plain: Callable[..., Tensor] = reference.self_attention
+plain_windows: Callable[..., Tensor] = reference.windowed_self_attention
 
 # (N, heads, L, D_qk, D_v)
 SHAPES = [(2, 3, 7, 4, 5), (1, 1, 1, 1, 1), (1, 2, 33, 8, 64), (3, 1, 12, 5, 2), (1, 1, 2, 16, 1)]
@@ -157,11 +164,6 @@ def test_gradcheck_twice(window: int | None, blocks: bool, monkeypatch: Any) -> 
 # -------------------------------------------------------------------------------------- memory bound
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The PyTorch path, which other devices and second derivatives take."""
-    return reference.self_attention(query, key, value, 1.0)
-
-
 class ScoreMeter:
     """Counts the scores that each softmax works on, and what autograd saves of that size."""
 
@@ -183,10 +185,10 @@ class ScoreMeter:
 def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
     """2 heads, 14 tokens: 392 scores. Less room, same result, forward and backward."""
     given = tensors(1, 2, 14, 3, 4)
-    expected, grads = plain(*given), gradients(plain, given)
+    expected, grads = plain(*given, 1.0), gradients(plain, given, 1.0)
     monkeypatch.setattr(reference, "MAX_SCORES", limit)
     meter = ScoreMeter(monkeypatch)
-    assert_rounding_only(plain(*given), expected, terms((1, 2, 14, 3, 4)))
+    assert_rounding_only(plain(*given, 1.0), expected, terms((1, 2, 14, 3, 4)))
     at_least_one_row = max(limit, 2 * 14)
     assert meter.largest() <= at_least_one_row
     assert sum(meter.sizes) == 392
@@ -198,7 +200,7 @@ def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        actual = gradients(plain, given)
+        actual = gradients(plain, given, 1.0)
     for a, e in zip(actual, grads):
         assert_rounding_only(a, e, terms((1, 2, 14, 3, 4)), 4)
     assert meter.largest() <= at_least_one_row
@@ -211,10 +213,10 @@ def test_scores_held_at_once_are_bounded(limit: int, monkeypatch: Any) -> None:
 
 def test_windows_are_bounded_too(monkeypatch: Any) -> None:
     given = tensors(1, 1, 64, 2, 2)
-    expected = reference.windowed_self_attention(*given, 1.0, 4, (8, 8))
+    expected = plain_windows(*given, 1.0, 4, (8, 8))
     monkeypatch.setattr(reference, "MAX_SCORES", 64)
     meter = ScoreMeter(monkeypatch)
-    out = reference.windowed_self_attention(*given, 1.0, 4, (8, 8))
+    out = plain_windows(*given, 1.0, 4, (8, 8))
     assert_rounding_only(out, expected, terms((1, 1, 16, 2, 2)))
     assert meter.largest() <= 64
 
@@ -232,6 +234,22 @@ def test_more_keys_than_16_bits_count(length: int, monkeypatch: Any) -> None:
     # exp(-60) * 65,536 is 6e-22 beside the one.
     assert_same(out, value[..., -1:, :].expand(1, 1, 3, 3))
     assert meter.largest() == 3 * length
+    for queries in (3, 40):
+        rows = query[..., :1, :].expand(1, 1, queries, 2)
+        assert_same(attention(rows, key, value), value[..., -1:, :].expand(1, 1, queries, 3))
+
+
+@pytest.mark.parametrize("length", [65536, 65537, 129600])
+def test_rows_of_many_tokens(length: int) -> None:
+    """A few queries against all keys, and all queries against a few keys, forward and backward."""
+    for shape in ((1, 1, 40, length, 8, 4), (1, 1, length, 40, 8, 4)):
+        given = unequal(shape, torch.float32)
+        wide = [t.double() for t in given]
+        actual = [attention(*given), *gradients(attention, given)]
+        baseline = [sdpa(*given), *gradients(sdpa, given)]
+        exact = [sdpa(*wide), *gradients(sdpa, wide)]
+        for a, b, e in zip(actual, baseline, exact):
+            assert_as_accurate(a, b, e, terms=length)
 
 
 def test_65537_tokens_fit_in_windows() -> None:
@@ -321,6 +339,161 @@ def test_any_size(size: Any, window: int | None, widths: Any, dtype: torch.dtype
             q, k, v = given
             baseline = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
         assert_as_accurate(actual, baseline, exact, terms=terms(shape))
+
+
+# ------------------------------------------------------------------- blocks, kernels, sizes, memory
+
+# (N, heads, L_q, L_k, D_qk, D_v): one token above blocks of 128 and 192, fewer keys, odd widths
+BLOCKS = [
+    (1, 2, 129, 129, 8, 64),
+    (1, 1, 193, 577, 64, 64),
+    (2, 1, 520, 31, 33, 17),
+    (1, 1, 33, 640, 1, 130),
+    (1, 1, 40, 49, 256, 3),
+]
+
+
+def unequal(shape: tuple[int, ...], dtype: torch.dtype, reach: float = 1.0) -> list[Tensor]:
+    batch, heads, queries, keys, d_qk, d_v = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = ((queries, d_qk), (keys, d_qk), (keys, d_v))
+    made = [torch.randn(batch, heads, *s, generator=generator, dtype=DOUBLE) for s in sizes]
+    return [(reach * t).to(dtype) for t in made]
+
+
+def with_stored_out(out: Tensor) -> Any:
+    """Attention whose backward takes rowsum(grad_out * out) from the rounded out, and nothing else is rounded.
+
+    A backward that recomputes the scores has no other; where the softmax is nearly one-hot that rounding is the
+    largest error.
+    """
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            weight = torch.softmax(q @ k.mT * scale, -1)
+            ctx.save_for_backward(q, k, v, weight)
+            ctx.scale = scale
+            return weight @ v
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            q, k, v, weight = ctx.saved_tensors
+            grad = grads[0].to(out.dtype).double()
+            delta = (grad * out.double()).sum(-1, keepdim=True)
+            score = weight * (grad @ v.mT - delta) * ctx.scale
+            return score @ k, score.mT @ q, weight.mT @ grad, None
+
+    return Attention.apply
+
+
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+@pytest.mark.parametrize("scale", [0.5, -0.25, 0.0])
+def test_several_blocks(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
+    given = unequal(shape, dtype)
+    wide = [t.double() for t in given]
+    exact = [sdpa(*wide, scale), *gradients(sdpa, wide, scale)]
+    actual = [attention(*given, scale), *gradients(attention, given, scale)]
+    baseline = [sdpa(*given, scale), *gradients(sdpa, given, scale)]
+    if dtype in (torch.float16, torch.bfloat16):
+        stored = gradients(with_stored_out(actual[0]), wide, scale)
+        for i, (b, s, e) in enumerate(zip(baseline[1:], stored, exact[1:]), 1):
+            if (s - e).abs().max() > (b - e).abs().max():
+                baseline[i] = s.to(dtype)
+    for name, a, b, e in zip(("out", "query", "key", "value"), actual, baseline, exact):
+        # Both sides of fp64 are rounded: two walks.
+        terms = sum(shape[2:]) * (4 if dtype == DOUBLE else 1)
+        assert_as_accurate(a, e if dtype == DOUBLE else b, e, name, terms)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the extension is not built")
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_every_vector_level(level: str) -> None:
+    """The tests of blocks again, in a process whose kernels use lower instructions."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "0.5-dtype1 or 0.5-dtype3 or special_values"],
+        env={**os.environ, "MAFNET_SIMD": level},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_special_values(dtype: torch.dtype) -> None:
+    """-inf scores weigh nothing, NaN and +inf spoil their row, values of any size come through."""
+    query, key, value = unequal((1, 1, 70, 200, 4, 5), dtype)
+    query[..., 0] = 1
+    key[..., 7:9, :] = 0
+    key[..., 7:9, 0] = -math.inf  # two keys that no query sees
+    seen = [i for i in range(200) if i not in (7, 8)]
+    expected = attention(query, key[..., seen, :], value[..., seen, :])
+    exact = sdpa(query.double(), key[..., seen, :].double(), value[..., seen, :].double())
+    assert_as_accurate(attention(query, key, value), expected, exact, terms=200)
+    query[..., 3, 2] = math.nan
+    rows = attention(query, key, value).isnan().any(-1).flatten().nonzero().flatten().tolist()
+    assert rows == [3]
+    key[..., 7, 0] = math.inf
+    assert attention(query, key, value).isnan().all()
+    all_hidden = torch.full_like(key[..., :30, :], -math.inf)
+    out = attention(query.abs() + 1, all_hidden, value[..., :30, :])
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-60, 2.0**60, 2.0**100])
+def test_small_and_large_floats(factor: float) -> None:
+    """Sizes that pieces of bfloat16 cannot hold take the other kernel."""
+    query, key, value = unequal((1, 1, 70, 200, 4, 5), torch.float32)
+    exact = sdpa(query.double(), key.double(), (value * factor).double())
+    baseline = sdpa(query, key, value * factor)
+    assert_as_accurate(attention(query, key, value * factor), baseline, exact, terms=200)
+    far = sdpa(query.double() * factor, key.double() / factor, value.double())
+    near = sdpa(query * factor, key / factor, value)
+    assert_as_accurate(attention(query * factor, key / factor, value), near, far, terms=200)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_no_keys_give_zeros(dtype: torch.dtype) -> None:
+    given = unequal((1, 2, 5, 0, 3, 4), dtype)
+    assert_same(attention(*given), torch.zeros(1, 2, 5, 4, dtype=dtype))
+    grads = gradients(attention, given)
+    assert_same(grads[0], torch.zeros(1, 2, 5, 3, dtype=dtype))
+    assert [g.shape for g in grads[1:]] == [t.shape for t in given[1:]]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_results_lie_as_their_arguments_do(transposed: bool, window: int | None) -> None:
+    """What was an image stays one; a transposed copy would cost as much as a small op."""
+    given = tensors(2, 2, 30, 3, 4, dtype=torch.float32)
+    if transposed:
+        given = [t.mT.contiguous().mT for t in given]
+    leaves = [t.requires_grad_() for t in given]
+    out = attention(*leaves, 1.0, window, (5, 6))
+    grads = torch.autograd.grad(out.sum(), leaves)
+    for result in (out, *grads):
+        assert (result.mT if transposed else result).is_contiguous()
+
+
+@pytest.mark.skipif(not NATIVE, reason="the extension is not built")
+def test_memory_of_57600_tokens() -> None:
+    """Packed keys and a bounded number of sums; 64 queries, as all of them would take minutes."""
+    code = (
+        "import resource, torch; from mafnet_ops import self_attention\n"
+        "t = [torch.randn(1, 1, n, d) for n, d in ((64, 8), (57600, 8), (57600, 64))]\n"
+        "small = [x[..., :300, :].clone().requires_grad_() for x in t]\n"
+        "self_attention(*small).sum().backward()\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); leaves = [x.requires_grad_() for x in t]\n"
+        "torch.autograd.grad(self_attention(*leaves).sum(), leaves)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    gradients_kb = 57600 * 72 * 4 // 1024
+    assert int(done.stdout) < 200_000 + gradients_kb
 
 
 # --------------------------------------------------------------------- layouts, edges, determinism

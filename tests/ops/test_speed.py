@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mafnet_ops import deform_align, flow_warp, modulated_deform_conv2d, reference
+from mafnet_ops import (
+    deform_align,
+    flow_warp,
+    modulated_deform_conv2d,
+    reference,
+    self_attention,
+)
 
 NATIVE = "cpu" in importlib.import_module("mafnet_ops.flow_warp")._NATIVE_DEVICES
 pytestmark = pytest.mark.skipif(
@@ -25,6 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 CHANNELS, HEIGHT, WIDTH = 64, 180, 320
 ROUNDS = 9
+# D_qk beside D_v = 64, and how many times as fast as SDPA at least
+ATTENTION = [(8, torch.float32, 2.5), (8, torch.bfloat16, 4.0)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -171,4 +179,22 @@ def align_minima(groups: int, parts: int, backward: bool) -> list[float]:
 )
 def test_deform_align_beats_its_recipe(groups: int, parts: int, backward: bool, bar: float) -> None:
     ours, theirs = align_minima(groups, parts, backward)
+    assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
+
+
+# ------------------------------------------------------------------------------------ self_attention
+
+
+@pytest.mark.parametrize(("depth", "dtype", "bar"), ATTENTION, ids=str)
+def test_attention_forward(depth: int, dtype: torch.dtype, bar: float) -> None:
+    """Against SDPA as called; of unequal widths it makes a matrix of all scores."""
+    query, key = (torch.randn(1, 1, 2048, depth).to(dtype) for _ in range(2))
+    value = torch.randn(1, 1, 2048, 64).to(dtype)
+    with torch.no_grad():
+        ours, theirs = minima(
+            [
+                lambda: self_attention(query, key, value, 0.125),
+                lambda: F.scaled_dot_product_attention(query, key, value, scale=0.125),
+            ]
+        )
     assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
