@@ -11,12 +11,16 @@ CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_FILES) $(shell find tests -t
 # Ops with kernels, tested again with fresh memory full of NaN.
 POISONED := $(addprefix tests/ops/test_,flow_warp.py modulated_deform_conv2d.py deform_align.py)
 
-.PHONY: test lint format build kernels demo clean
+.PHONY: test test-compat lint format build kernels demo clean
 .DELETE_ON_ERROR:
 
 test: build lint
 	$(BIN)/python -m pytest -q
 	$(BIN)/python -m pytest -q --poison $(POISONED)
+
+# The drop-ins beside the libraries that they stand in for; torchvision brings a torch of its own, 6 GB in all.
+test-compat: build/venv-compat/installed build
+	PYTHONPATH=. build/venv-compat/bin/python -m pytest -q tests/compat
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -51,6 +55,14 @@ $(VENV)/tools: $(VENV)/torch pyproject.toml
 
 $(VENV)/installed: $(VENV)/tools $(NATIVE_FILES) setup.py
 	MAFNET_REQUIRE_EXT=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build/venv-compat/installed: pyproject.toml
+	test -d build/venv-compat || $(PYTHON) -m venv build/venv-compat
+	build/venv-compat/bin/pip install -q torch==2.14.1 torchvision==0.29.1 "setuptools>=77" wheel \
+	  opencv-python-headless scipy pyyaml tqdm addict yapf rich termcolor platformdirs "pytest>=8" hypothesis
+	build/venv-compat/bin/pip install -q --no-deps --no-build-isolation basicsr==1.4.2
+	build/venv-compat/bin/pip install -q --no-deps mmengine==0.10.7 mmcv-lite==2.2.0
 	touch $@
 
 build/venv-demo/installed: $(NATIVE_FILES) setup.py pyproject.toml $(shell find mafnet mafnet_ops -name '*.py' 2>/dev/null)

@@ -50,7 +50,7 @@ def standard_ops(deform_conv: bool = True) -> Iterator[None]:
     def aligned(input: Tensor, raw: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return deform_align(convolution, input, raw, *args, **kwargs)
 
-    pairs = [
+    pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
         (_flow_warp, stand_in(flow_warp)),
         (_modulated_deform_conv2d, stand_in(convolution)),
         (_deform_align, stand_in(aligned)),
@@ -224,7 +224,8 @@ def self_attention(
         return image.transpose(3, 4).flatten(4, 5)
 
     there = windows(torch.ones_like(query[:1, :1, :, :1])) > 0
-    out = _attend(*(windows(t) for t in (query, key, value)), scale, there.transpose(4, 5))
+    keys = there.transpose(4, 5)
+    out = _attend(windows(query), windows(key), windows(value), scale, keys)
     out = out.unflatten(4, (window, window)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return out[:, :, :height, :width].reshape(batch, heads, height * width, depth)
 
