@@ -1,4 +1,4 @@
-"""flow_warp on the CPU stays several times faster than F.grid_sample.
+"""On the CPU flow_warp stays several times faster than F.grid_sample, and pyramid_spatial_attention than its chain.
 
 Ratios of interleaved minima of process time on one thread, which hold on a busy machine; the bars lie well below what
 an idle one shows (docs/ops/flow_warp.md). The rival gets its grid for nothing.
@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import CONTRACTS
 from torch import Tensor
 
-from mafnet_ops import flow_warp
+from mafnet_ops import PyramidSpatialAttention, flow_warp
+from mafnet_ops.pyramid_spatial_attention import LAYERS
 
 NATIVE = "cpu" in importlib.import_module("mafnet_ops.flow_warp")._NATIVE_DEVICES
 pytestmark = pytest.mark.skipif(
@@ -36,9 +38,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def minima(functions: list[Callable[[], object]]) -> list[float]:
+def minima(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
     best = [float("inf")] * len(functions)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for i, function in enumerate(functions):
             start = time.process_time()
             function()
@@ -134,3 +136,33 @@ def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, width: in
     parts = zip(*(run(part) for part in image.split(16, dim=1)))
     for large, small in zip(run(image), parts):
         assert torch.equal(large, torch.cat(small, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "forward_bar", "both_bar"),
+    [
+        ("NCHW", torch.float32, 1.8, 1.6),
+        ("channels_last", torch.float32, 1.4, 1.3),
+        ("NCHW", torch.bfloat16, 2.5, 1.6),
+    ],
+    ids=str,
+)
+def test_pyramid_spatial_attention(
+    layout: str, dtype: torch.dtype, forward_bar: float, both_bar: float
+) -> None:
+    """The whole block against the same chain of PyTorch's own ops (docs/ops/pyramid_spatial_attention.md)."""
+    row = next(c for c in CONTRACTS if c.op == "pyramid_spatial_attention")
+    module = PyramidSpatialAttention(CHANNELS).to(dtype)
+    convolutions = [module.get_submodule(name) for name in LAYERS]
+    tensors = [torch.randn(1, CHANNELS, HEIGHT, WIDTH).to(dtype, memory_format=FORMATS[layout])]
+    tensors += [c.weight for c in convolutions] + [c.bias for c in convolutions]  # type: ignore[list-item]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+
+    def train(function: Callable[..., Tensor]) -> object:
+        return torch.autograd.grad(function(*leaves), leaves, tensors[0])
+
+    with torch.no_grad():
+        ours, theirs = minima([lambda: row.call(*tensors), lambda: row.baseline(*tensors)], 5)
+    assert theirs >= forward_bar * ours, f"{theirs / ours:.2f} times as fast, not {forward_bar}"
+    ours, theirs = minima([lambda: train(row.call), lambda: train(row.baseline)], 5)
+    assert theirs >= both_bar * ours, f"{theirs / ours:.2f} times as fast, not {both_bar}"
