@@ -28,14 +28,20 @@ def assert_rounding_only(
 
 
 def assert_as_accurate(
-    actual: Tensor, baseline: Tensor, exact: Tensor, what: str = "", terms: int = 1
+    actual: Tensor,
+    baseline: Tensor,
+    exact: Tensor,
+    what: str = "",
+    terms: int = 1,
+    roundings: int = 1,
 ) -> None:
     """err(actual) <= 2 * err(baseline) + rounding floor.
 
     ``baseline`` is PyTorch's result in the dtype of ``actual``, ``exact`` the result in fp64 from the same inputs;
     errors are largest absolute differences to ``exact``. The floor is for a baseline that is exact by luck: one
-    rounding to the dtype of ``actual``, and a random walk of ``terms`` fp32 roundings for an element that is a
-    sum of so many terms, each at the largest value. NaN must be where ``exact`` has NaN.
+    rounding to the dtype of ``actual`` (a random walk of ``roundings`` where a network keeps its maps in it), and a
+    random walk of ``terms`` fp32 roundings for an element that is a sum of so many terms, each at the largest value.
+    NaN must be where ``exact`` has NaN.
     """
     assert actual.dtype == baseline.dtype, f"{what}: {actual.dtype}, baseline {baseline.dtype}"
     assert exact.dtype == torch.float64, f"{what}: the exact result is {exact.dtype}"
@@ -45,7 +51,8 @@ def assert_as_accurate(
     if finite.numel():
         accumulator = torch.promote_types(actual.dtype, torch.float32)
         summing = math.sqrt(terms - 1) * torch.finfo(accumulator).eps
-        allowed += (torch.finfo(actual.dtype).eps + summing) / 2 * finite.abs().max().item()
+        rounding = math.sqrt(roundings) * torch.finfo(actual.dtype).eps
+        allowed += (rounding + summing) / 2 * finite.abs().max().item()
     assert error <= allowed, f"{what}: error {error:.3e} to fp64, allowed are {allowed:.3e}"
 
 

@@ -37,6 +37,8 @@ class Contract:
     """(batch, size) -> fp64 tensors, the sampled points off the pixel centres."""
     terms: int
     """How many products an output element sums at most, the layers of a network counted together."""
+    roundings: int = 1
+    """How many maps in a row have the dtype of the arguments, from an argument to a result or its gradient."""
     coordinates: tuple[int, ...] = ()
     """Arguments that stay fp32 beside half-precision ones."""
     batched: tuple[int, ...] = (0,)
@@ -241,6 +243,7 @@ CONTRACTS = (
         _pyramid_baseline,
         _pyramid,
         terms=8 * 36,
+        roundings=20,  # 10 maps, and their gradients
         raw={
             "pool_concat_forward": lambda tensors: (tensors[0],),
             "pool_concat_backward": lambda tensors: (_pooled_ones(tensors[0], 8), tensors[0]),

@@ -65,7 +65,7 @@ def assert_accurate(contract: Contract, tensors: list[Tensor], actual: list[Tens
         if a.dtype == torch.float64:
             assert_as_accurate(a, e, e, what, 4 * terms)  # both are rounded: two walks
         else:
-            assert_as_accurate(a, b.to(a.dtype), e, what, terms)
+            assert_as_accurate(a, b.to(a.dtype), e, what, terms, contract.roundings)
 
 
 # ------------------------------------------------------------------------------------ dtypes, layouts

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +28,15 @@ from tolerances import assert_as_accurate, assert_rounding_only, assert_same
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import profile
 
 from mafnet_ops import (
     PyramidSpatialAttention,
+    _native,
     pool_concat,
     pool_concat_conv,
     pyramid_spatial_attention,
+    reference,
     resize_add,
     spatial_gate,
 )
@@ -407,6 +415,121 @@ def test_compile_fullgraph_with_gradients(name: str) -> None:
     for a, e in zip(gradients(compiled, tensors), gradients(function, tensors)):
         assert_rounding_only(a, e, TERMS, 8)
     assert counter.frame_count >= 1 and counter.op_count > 0
+
+
+# ------------------------------------------------------------------------------ the compiled kernels
+
+
+NATIVE = "cpu" in importlib.import_module("mafnet_ops.pyramid_spatial_attention")._NATIVE_DEVICES
+native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")
+
+
+@pytest.mark.parametrize("width", range(1, 71, 3))
+def test_sizes_around_strips_and_blocks(width: int) -> None:
+    """Strips are of 64 columns, blocks of 96 pixels; heights go with widths so that both parities meet."""
+    weights, biases = parameters(2)
+    module = chain(2, weights, biases)
+    for height in (71 - width, 71 - width + width % 2, 1 + width // 9):
+        for extra in range(3):
+            image = uniform(1, 2, height, min(width + extra, 70))
+            out = pyramid_spatial_attention(image, weights, biases)
+            assert_rounding_only(out, module(image), TERMS, 8)
+
+
+@native
+@pytest.mark.parametrize("size, to", [((3, 5), (7, 11)), ((40, 70), (9, 8)), ((2, 100), (65, 200))])
+def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, int]) -> None:
+    """Up and down by any factor, several strips wide, with values and gradients of PyTorch's chain."""
+    tensors = [uniform(2, 3, *size), uniform(5, 3, 3, 3), uniform(5)]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _native.call("resize_conv", (x, weight, bias), (*to, 0.3))
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.resize_conv(x, weight, bias, *to, 0.3)
+
+    assert_rounding_only(ours(*tensors), theirs(*tensors), 4 * 27)
+    terms = 4 * 27 * to[0] * to[1]
+    for a, e in zip(gradients(ours, tensors), gradients(theirs, tensors)):
+        assert_rounding_only(a, e, terms)
+
+
+@native
+def test_gradient_of_ties_and_nan_goes_to_one_pixel() -> None:
+    """The first of the largest gets it, and the last NaN, as in PyTorch."""
+    image = torch.zeros(1, 2, 5, 7, dtype=torch.float32)
+    image[0, 0, 2, 3] = image[0, 0, 3, 1] = math.nan
+    grads = []
+    for function in (pool_concat, reference.pool_concat):
+        x = image.clone().requires_grad_()
+        out = function(x)
+        out.backward(torch.arange(1.0, out.numel() + 1).view_as(out))
+        assert x.grad is not None
+        grads.append((out.detach(), x.grad))
+    assert_same(grads[0][0], grads[1][0])
+    assert_rounding_only(grads[0][1], grads[1][1], 10, 50)
+
+
+SIMD_SCRIPT = """
+import sys, torch, mafnet_ops
+torch.manual_seed(0)
+module = mafnet_ops.PyramidSpatialAttention(24)
+for dtype in (torch.float32, torch.bfloat16):
+    net = module.to(dtype)
+    x = torch.randn(1, 24, 21, 37).to(dtype).requires_grad_()
+    y = net(x)
+    y.sum().backward()
+    torch.save([y.detach(), x.grad, net.mask.weight.grad.clone()], f"{sys.argv[1]}.{x.element_size()}")
+    net.zero_grad()
+    torch.manual_seed(0)
+    module = mafnet_ops.PyramidSpatialAttention(24)
+"""
+
+
+@native
+def test_every_vector_level(tmp_path: Path) -> None:
+    """The same network by baseline, AVX2 and AVX-512 instructions, in processes of their own."""
+    levels = ("baseline", "avx2", "avx512")
+    for level in levels:
+        command = [sys.executable, "-c", SIMD_SCRIPT, str(tmp_path / level)]
+        subprocess.run(command, check=True, env={**os.environ, "MAFNET_SIMD": level})
+    for size, dtype in ((4, torch.float32), (2, torch.bfloat16)):
+        first, *others = (torch.load(tmp_path / f"{level}.{size}") for level in levels)
+        for other in others:
+            for a, b in zip(first, other):
+                assert a.dtype == dtype
+                error = (a.double() - b.double()).abs().max().item()
+                # Sums in another order, and 20 roundings of maps to the dtype.
+                bound = 2 * math.sqrt(20) * torch.finfo(dtype).eps + 1e-5
+                assert error <= bound * b.abs().max().item()
+
+
+@native
+def test_memory_stays_below_half_of_pytorch() -> None:
+    """Bytes that torch's allocator holds at the worst moment of a forward without gradients."""
+    weights, biases = parameters(16, torch.float32)
+    module = chain(16, weights, biases)
+    image = uniform(1, 16, 64, 96, dtype=torch.float32)
+
+    def peak(function: Callable[[], Tensor]) -> int:
+        with profile(profile_memory=True) as recorded, torch.no_grad():
+            function()
+        now = most = 0
+        for event in sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most
+
+    ours = peak(lambda: pyramid_spatial_attention(image, weights, biases))
+    assert ours <= peak(lambda: module(image)) / 2
+
+
+def test_a_negative_slope_is_refused() -> None:
+    """The kernels tell the sign of an argument from that of the result."""
+    message = "pool_concat_conv: negative_slope: expected at least 0, got -0.1"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pool_concat_conv(torch.zeros(1, 2, 3, 3), torch.zeros(2, 4, 1, 1), None, -0.1)
 
 
 # -------------------------------------------------------------------------------------------- errors

@@ -1,4 +1,4 @@
-"""flow_warp on the CPU stays several times faster than F.grid_sample, and deform_align than its parts.
+"""The CPU kernels stay faster than what they replace: F.grid_sample, SDPA, recipes and chains of PyTorch's ops.
 
 Ratios of interleaved minima of process time on one thread, which hold on a busy machine; the bars lie well below what
 an idle one shows (docs/ops/flow_warp.md). The rival gets its grid for nothing.
@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import CONTRACTS
 from torch import Tensor
 
 from mafnet_ops import (
+    PyramidSpatialAttention,
     deform_align,
     flow_warp,
     modulated_deform_conv2d,
     reference,
     self_attention,
 )
+from mafnet_ops.pyramid_spatial_attention import LAYERS
 
 NATIVE = "cpu" in importlib.import_module("mafnet_ops.flow_warp")._NATIVE_DEVICES
 pytestmark = pytest.mark.skipif(
@@ -44,9 +47,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def minima(functions: list[Callable[[], object]]) -> list[float]:
+def minima(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
     best = [float("inf")] * len(functions)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for i, function in enumerate(functions):
             start = time.process_time()
             function()
@@ -198,3 +201,36 @@ def test_attention_forward(depth: int, dtype: torch.dtype, bar: float) -> None:
             ]
         )
     assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
+
+
+# ----------------------------------------------------------------------- pyramid_spatial_attention
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "forward_bar", "both_bar"),
+    [
+        ("NCHW", torch.float32, 1.8, 1.6),
+        ("channels_last", torch.float32, 1.4, 1.3),
+        ("NCHW", torch.bfloat16, 2.5, 1.6),
+    ],
+    ids=str,
+)
+def test_pyramid_spatial_attention(
+    layout: str, dtype: torch.dtype, forward_bar: float, both_bar: float
+) -> None:
+    """The whole block against the same chain of PyTorch's own ops (docs/ops/pyramid_spatial_attention.md)."""
+    row = next(c for c in CONTRACTS if c.op == "pyramid_spatial_attention")
+    module = PyramidSpatialAttention(CHANNELS).to(dtype)
+    convolutions = [module.get_submodule(name) for name in LAYERS]
+    tensors = [torch.randn(1, CHANNELS, HEIGHT, WIDTH).to(dtype, memory_format=FORMATS[layout])]
+    tensors += [c.weight for c in convolutions] + [c.bias for c in convolutions]  # type: ignore[list-item]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+
+    def train(function: Callable[..., Tensor]) -> object:
+        return torch.autograd.grad(function(*leaves), leaves, tensors[0])
+
+    with torch.no_grad():
+        ours, theirs = minima([lambda: row.call(*tensors), lambda: row.baseline(*tensors)], 5)
+    assert theirs >= forward_bar * ours, f"{theirs / ours:.2f} times as fast, not {forward_bar}"
+    ours, theirs = minima([lambda: train(row.call), lambda: train(row.baseline)], 5)
+    assert theirs >= both_bar * ours, f"{theirs / ours:.2f} times as fast, not {both_bar}"
