@@ -654,7 +654,7 @@ PLANTED: list[tuple[str, str, Callable[[str], None]]] = [
     ("(grad_k * scale)", "grad_k", edges),
     ("if NEGATE:", "if False:", lambda d: check(make(SHAPES[3], torch.float32), -1.0, d)),
     ("(highest + tl.log2(total)) * LN2", "highest + tl.log2(total)", edges),
-    ("+ index % across", "+ index % width", ragged_windows),
+    ("index // across * width", "index // across * across", ragged_windows),
     ("first = y * width + x", "first = y * width", ragged_windows),
     ("tl.minimum(window, height - y) *", "tl.minimum(window, height - y - 1) *", ragged_windows),
     ("columns = tl.cdiv(width, window)", "columns = width // window", ragged_windows),
