@@ -642,10 +642,11 @@ def parts(device: str) -> None:
         check(make((2, 2, 17, 70, 3, 5), torch.float32), 1.0, device)
 
 
+# None leaves its memory: the interpreter would go with it.
 PLANTED: list[tuple[str, str, Callable[[str], None]]] = [
-    ("valid = whole + columns < last_key", "valid = whole + columns <= last_key", edges),
-    ("valid = whole + columns < count_k", "valid = whole + columns <= count_k", edges),
-    ("valid = at + columns < count_q", "valid = at + columns <= count_q", edges),
+    ("valid = whole + columns < last_key", "valid = whole + columns < last_key - 1", edges),
+    ("valid = whole + columns < count_k", "valid = whole + columns < count_k - 1", edges),
+    ("valid = at + columns < count_q", "valid = at + columns < count_q - 1", edges),
     ("acc * shrink[:, None]", "acc", several_blocks),
     ("total * shrink + tl.sum", "total + tl.sum", several_blocks),
     ("grad_p - row_delta[None, :]", "grad_p", edges),
@@ -653,10 +654,9 @@ PLANTED: list[tuple[str, str, Callable[[str], None]]] = [
     ("(grad_k * scale)", "grad_k", edges),
     ("if NEGATE:", "if False:", lambda d: check(make(SHAPES[3], torch.float32), -1.0, d)),
     ("(highest + tl.log2(total)) * LN2", "highest + tl.log2(total)", edges),
-    ("+ index % across", "+ index % width", ragged_windows),
+    ("index // across * width", "index // across * across", ragged_windows),
     ("first = y * width + x", "first = y * width", ragged_windows),
-    ("across = tl.minimum(window, width - x)", "across = window", ragged_windows),
-    ("count = tl.minimum(window, height - y) * across", "count = window * across", ragged_windows),
+    ("tl.minimum(window, height - y) *", "tl.minimum(window, height - y - 1) *", ragged_windows),
     ("columns = tl.cdiv(width, window)", "columns = width // window", ragged_windows),
     ("acc += weight[:, None] * tl.load", "acc += tl.load", parts),
     ("split.to(tl.int64) * planes * length_q * WIDTH_V", "0", parts),
