@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from small_model import TINY, build, run
+from tolerances import assert_rounding_only
 from torch import Tensor, nn
 
 from mafnet import ChannelStatistics, ConfigError, MAFnet
 from mafnet.layers import DeformableConvLSTM, FeaturePyramidFlow, SpyNet, bicubic_upscale_x4
+from mafnet_ops import deform_align
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hr": {},
@@ -309,3 +311,19 @@ def test_bicubic_skip_stays_fp32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(bicubic_upscale_x4(image), bicubic_upscale_x4(image.float()))
         assert bicubic_upscale_x4(image).dtype == torch.float32
+
+
+def test_both_states_of_the_lstm_are_aligned_by_the_same_offsets() -> None:
+    """As a call for each, with its own half of the weight."""
+    torch.manual_seed(0)
+    lstm = DeformableConvLSTM(8, 4, max_residue=3.0, align=True, offset_stride=1).double()
+    assert lstm.align is not None and lstm.align.bias is not None
+    nn.init.normal_(lstm.align.bias)
+    h, c = torch.rand(2, 2, 8, 9, 10, dtype=torch.float64) * 2 - 1
+    raw = torch.randn(2, 108, 9, 10, dtype=torch.float64)
+    flow = 2 * torch.randn(2, 9, 10, 2, dtype=torch.float64)
+    aligned = lstm._align(h, c, raw, flow)
+    weights, biases = lstm.align.weight.chunk(2), lstm.align.bias.chunk(2)
+    for state, weight, bias, actual in zip((h, c), weights, biases, aligned):
+        expected = deform_align(state, raw, weight, bias, flow, max_residue_magnitude=3.0)
+        assert_rounding_only(actual, expected, 4 * 72 + 1, 10)
