@@ -208,9 +208,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (kHeld) load_grads(0);
 
   const T* input = static_cast<const T*>(p.input) + n * p.input_stride[0];
-  Image image = {reinterpret_cast<const unsigned char*>(input), 0,
-                 static_cast<uint32_t>(p.input_stride[2] * sizeof(T)),
-                 static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
   const int64_t grad_image = n * p.height * p.width * p.channels;
   FixedPoint<float> fixed;
   if constexpr (kFixed) fixed = make_fixed_point<float>(p);
@@ -241,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int step = 0; step < deal.run; ++step) {
         const int channel = deal.channel_of(group, step, t);
         Words<4> corners[2][4];
-        image.channels = static_cast<uint32_t>(channel * sizeof(T));
+        const Image image = image_of(p, input, channel);
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
           const uint32_t first_corner = image.at(cell[q].row, cell[q].column);

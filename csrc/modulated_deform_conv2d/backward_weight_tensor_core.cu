@@ -139,16 +139,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float base_x = static_cast<float>((pixel - row * p.out_width) * p.stride_w - p.padding_w);
     const CoordinateOrigin origin = make_origin<T>(p, n);
     const T* input = static_cast<const T*>(p.input) + n * p.input_stride[0];
-    Image image = {reinterpret_cast<const unsigned char*>(input), 0,
-                   static_cast<uint32_t>(p.input_stride[2] * sizeof(T)),
-                   static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
     for (int step = 0; step < block_steps; ++step) {
       const Source source = sources[step][vector];
       const Position position =
           make_position(base_y + source.tap_y, base_x + source.tap_x,
                         load_coordinates<T, kRaw>(p, origin, static_cast<uint32_t>(pixel),
                                                   source.offset_group, source.plane));
-      image.channels = static_cast<uint32_t>(source.channel * sizeof(T));
+      const Image image = image_of(p, input, source.channel);
       const Corners<4> corners = __all_sync(0xffffffffu, is_inner(p, position))
                                      ? inner_corners<4>(position, image)
                                      : edge_corners<4>(p, position, image);

@@ -4,11 +4,20 @@
 
 #include "modulated_deform_conv2d/sample.cuh"
 #include "modulated_deform_conv2d/tensor_core_products.cuh"
+#include "modulated_deform_conv2d/tensor_core_samples.cuh"
 
 namespace mafnet {
 
 constexpr int kStepChannels = 32;  // four lanes share a pixel, with kLaneChannels each
 constexpr int kOutputs = 64;       // output channels of a tile
+
+// A lane's channels, from `channel` on, of the image that begins at input.
+template <typename T>
+DEVICE Image image_of(const ModulatedDeformConv2dParams& p, const T* input, int channel) {
+  return {reinterpret_cast<const unsigned char*>(input), static_cast<uint32_t>(channel * sizeof(T)),
+          static_cast<uint32_t>(p.input_stride[2] * sizeof(T)),
+          static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
+}
 
 // Bounds under which coordinates are exact in float and in split_floor, pixels fit into int and
 // byte offsets from where an image begins into 32 bits, and products with reciprocals find the
