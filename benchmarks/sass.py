@@ -83,11 +83,12 @@ class Kernel:
     def hot_loop(self, which: str = "innermost") -> dict[str, int]:
         """The mix of the longest innermost loop, or of the longest loop of all; empty without loops.
 
-        "pipelined" is the longest innermost one with asynchronous copies: beside it there may be one for the rest.
+        "pipelined" is the longest of all with asynchronous copies, if any: beside it there may be a loop for the rest,
+        and on sm_100 there are loops in it that wait for the tensor cores.
         """
         loops = [loop.mix for loop in self.loops if loop.innermost or which == "longest"]
         if which == "pipelined":
-            loops = [mix for mix in loops if mix.get("cp.async")] or loops
+            loops = [loop.mix for loop in self.loops if loop.mix.get("cp.async")] or loops
         return max(loops, key=lambda mix: mix["slots"], default={})
 
 

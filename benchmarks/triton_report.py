@@ -146,14 +146,14 @@ def read_table(path: Path) -> Table:
     return Table(data["triton"], tuple(data["archs"]), (), tuple(bars), "Triton")
 
 
-def narrowed(table: Table, archs: list[str], cases: str) -> Table:
-    """The part of the table for some architectures and cases."""
+def narrowed(table: Table, archs: list[str], kernels: list[Kernel]) -> Table:
+    """The part of the table for some architectures and the kernels of some cases."""
     bars = []
     for bar in table.bars:
         limits = {arch: limit for arch, limit in bar.limits.items() if arch in archs}
-        used = any(re.search(cases, str(case)) and str(case) in bar.kernel for case in CASES)
-        if limits and used:
-            bars.append(replace(bar, limits=limits))
+        bar = replace(bar, limits=limits)
+        if any(bar.matches(kernel) for kernel in kernels):
+            bars.append(bar)
     return replace(table, archs=tuple(archs), bars=tuple(bars))
 
 
@@ -176,8 +176,10 @@ def main() -> int:
         names = sorted({k.name for k in kernels if re.fullmatch(a.row, k.name)})
         print("\n\n".join(propose_row(kernels, name, "pipelined") for name in names))
         return 0
-    report = check(kernels, [], narrowed(read_table(a.bars), a.archs, a.cases))
-    return kernel_report.show(report, a.brief)
+    table = read_table(a.bars)
+    if a.cases or a.archs != list(DEVICES):
+        table = narrowed(table, a.archs, kernels)
+    return kernel_report.show(check(kernels, [], table), a.brief)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_the_pipelined_loop_is_chosen() -> None:
     loops = (
         Loop(True, {"slots": 90}),
         Loop(True, {"slots": 60, "cp.async": 2}),
-        Loop(False, {"slots": 200, "cp.async": 2}),
+        Loop(False, {"slots": 200}),
     )
     kernel = Kernel("f", "90a", "3.9.0", 1, 0, 0, 0, {"slots": 300}, loops)
     assert kernel.hot_loop("pipelined")["slots"] == 60
