@@ -99,6 +99,18 @@ def test_every_op_in_onnxruntime(tmp_path: Path, opset: int, deform_conv: bool) 
             assert difference < 1e-5 * max(1.0, expected.abs().max().item()), f"output {i}, {size}"
 
 
+def test_the_decomposition_is_the_convolution() -> None:
+    """GridSample in the place of DeformConv, in fp64: groups, offset groups, stride, padding, dilation, no mask."""
+    input, weight = uniform(2, 8, 9, 11), uniform(6, 4, 3, 2, seed=1)
+    offset, mask = uniform(2, 24, 5, 6, seed=2) * 3, uniform(2, 12, 5, 6, seed=3)
+    options = {"stride": 2, "padding": (2, 1), "dilation": (2, 1)}
+    for m, bias in ((mask, uniform(6, seed=4)), (None, None)):
+        arguments = input, offset, m, weight, bias
+        expected = mafnet_ops.modulated_deform_conv2d(*arguments, **options)  # type: ignore[arg-type]
+        actual = onnx_ops.sampled_deform_conv2d(*arguments, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, expected)
+
+
 def test_standard_ops_are_taken_out_again() -> None:
     """Also after an error, and from the modules that imported the functions."""
     functions = {name: getattr(mafnet_ops, name) for name in ("flow_warp", "deform_align")}
