@@ -352,8 +352,11 @@ def _cubic(x: float) -> float:
 def _upscale_x4_along(x: Tensor, dim: int) -> Tensor:
     """Output 4 i + p lies at i + (p - 1.5) / 4; borders are mirrored, the edge pixel included."""
     size = x.shape[dim]
-    index = torch.arange(-2, size + 2, device=x.device).remainder(2 * size)
-    x = x.index_select(dim, torch.where(index < size, index, 2 * size - 1 - index))
+    index = torch.arange(-2, size + 2, device=x.device)
+    # By comparisons: the remainder by a size is not in ONNX while the size is free. The clamp is for a single pixel.
+    index = torch.where(index < 0, -1 - index, index)
+    index = torch.where(index < size, index, 2 * size - 1 - index).clamp(min=0)
+    x = x.index_select(dim, index)
     phases = []
     for p in range(4):
         position = (p - 1.5) / 4

@@ -83,6 +83,9 @@ def flow_warp(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`mafnet_ops.flow_warp` as one GridSample. Its coordinates are relative to the size of the image, so that
     they carry the rounding of that: 1e-4 px at 1080p."""
+    # The taps beyond the edge are laid elsewhere by GridSample's cubic mode.
+    cubic = interpolation == "bicubic" and padding_mode != "zeros"
+    require(not cubic, "flow_warp", "padding_mode", "zeros with bicubic in ONNX", padding_mode)
     height, width = input.shape[2:]
     rows = torch.arange(flow.shape[1], device=flow.device, dtype=flow.dtype)
     columns = torch.arange(flow.shape[2], device=flow.device, dtype=flow.dtype)

@@ -20,10 +20,8 @@ from mafnet_ops import onnx as onnx_ops
 
 SIZES = ((9, 11), (16, 8), (5, 7))
 WARPS = [
-    (i, p)
-    for i in ("bilinear", "nearest", "bicubic")
-    for p in ("zeros", "border", "reflection")
-    if (i, p) != ("bicubic", "border")  # onnxruntime clamps the coordinate there, PyTorch the taps
+    *((i, p) for i in ("bilinear", "nearest") for p in ("zeros", "border", "reflection")),
+    ("bicubic", "zeros"),
 ]
 
 
@@ -32,7 +30,7 @@ class EveryOp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution = mafnet_ops.ModulatedDeformConv2d(8, 4, (3, 5), 2, (1, 3), 1, groups=2)
+        self.convolution = mafnet_ops.ModulatedDeformConv2d(8, 4, (3, 5), 2, (1, 2), 1, groups=2)
         self.plain = mafnet_ops.ModulatedDeformConv2d(8, 4, 3, padding=1, bias=False)
         self.align = mafnet_ops.DeformAlign(8, 4, max_residue_magnitude=0.25)
         self.attention = mafnet_ops.SelfAttention(8, 4, window=8)
@@ -101,6 +99,18 @@ def test_every_op_in_onnxruntime(tmp_path: Path, opset: int, deform_conv: bool) 
             assert difference < 1e-5 * max(1.0, expected.abs().max().item()), f"output {i}, {size}"
 
 
+def test_the_decomposition_is_the_convolution() -> None:
+    """GridSample in the place of DeformConv, in fp64: groups, offset groups, stride, padding, dilation, no mask."""
+    input, weight = uniform(2, 8, 9, 11), uniform(6, 4, 3, 2, seed=1)
+    offset, mask = uniform(2, 24, 5, 6, seed=2) * 3, uniform(2, 12, 5, 6, seed=3)
+    options = {"stride": 2, "padding": (2, 1), "dilation": (2, 1)}
+    for m, bias in ((mask, uniform(6, seed=4)), (None, None)):
+        arguments = input, offset, m, weight, bias
+        expected = mafnet_ops.modulated_deform_conv2d(*arguments, **options)  # type: ignore[arg-type]
+        actual = onnx_ops.sampled_deform_conv2d(*arguments, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, expected)
+
+
 def test_standard_ops_are_taken_out_again() -> None:
     """Also after an error, and from the modules that imported the functions."""
     functions = {name: getattr(mafnet_ops, name) for name in ("flow_warp", "deform_align")}
@@ -149,6 +159,16 @@ def test_what_cannot_be_exported(options: dict[str, int], message: str, tmp_path
     with pytest.raises(ExportError, match=r"the folder .*none does not exist"):
         export_onnx(build(), tmp_path / "none" / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("padding_mode", ["border", "reflection"])
+def test_bicubic_warps_that_onnx_lays_out_otherwise_are_refused(padding_mode: str) -> None:
+    image, flow = uniform(1, 3, 8, 7), uniform(1, 8, 7, 2, seed=1)
+    with (
+        onnx_ops.standard_ops(),
+        pytest.raises(ValueError, match="padding_mode: expected zeros with bicubic in ONNX, got"),
+    ):
+        mafnet_ops.flow_warp(image, flow, "bicubic", padding_mode)
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

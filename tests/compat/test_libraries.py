@@ -15,8 +15,8 @@ from tolerances import assert_as_accurate
 from torch import Tensor, nn
 
 from mafnet_ops.compat import basicsr as our_basicsr
+from mafnet_ops.compat import mmagic, patch
 from mafnet_ops.compat import mmcv as our_mmcv
-from mafnet_ops.compat import patch
 from mafnet_ops.compat import torchvision as our_torchvision
 
 
@@ -105,6 +105,16 @@ def test_basicsr_convolutions_run_on_the_cpu(basicsr: ModuleType) -> None:
     expected = function(x, offset, modulated.weight, modulated.bias, padding=1, mask=mask)
     torch.testing.assert_close(values[0], expected)
     torch.testing.assert_close(values[2], function(x, offset, plain.weight, padding=1))
+
+
+def test_pcd_alignment(basicsr: ModuleType) -> None:
+    """mmagic's is BasicSR's with other names; here with offsets that do something."""
+    theirs = liven(basicsr.archs.edvr_arch.PCDAlignment(8, 4)).double()
+    ours = mmagic.PCDAlignment(8, 4).double()
+    names = {name.replace(".conv.", "."): name for name in ours.state_dict()}
+    ours.load_state_dict({names[k]: v for k, v in theirs.state_dict().items()})
+    levels = [[uniform(1, 8, 12 // s, 16 // s, seed=s + k) for s in (1, 2, 4)] for k in (0, 9)]
+    torch.testing.assert_close(ours(*levels), theirs(*levels))
 
 
 class Detector(nn.Module):

@@ -85,10 +85,10 @@ def test_what_is_imported_under_a_patch_is_put_back_too(
 
 def test_who_imported_the_drop_in_itself_keeps_it(library: ModuleType) -> None:
     user = sys.modules["user"]
-    user.own = our_function  # type: ignore[attr-defined]
+    function = user.own = our_function  # a name in no module's namespace, beside one that is
     with patch("theirs"):
         pass
-    assert user.own is our_function
+    assert user.own is function and our_function is function
 
 
 def test_modules_that_exist_and_their_subclasses(library: ModuleType) -> None:
