@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _library, reference
+from . import _library, reference, self_attention_triton
 from ._autograd import fold, jvp_by_vjp, unfold
 from ._checks import (
     autocast_dtype,
@@ -127,17 +125,12 @@ _library.LIBRARY.define(
 )
 
 
-def _triton() -> Any:
-    """The Triton kernels; they and Triton itself are imported by the first call on a GPU."""
-    return import_module(f"{__package__}.self_attention_triton")
-
-
 def _why_no_triton() -> str | None:
     if _library.disabled():
         return "MAFNET_DISABLE_EXT=1"
     if torch.version.cuda is None:
         return "this torch is a build without CUDA"
-    return "triton is not installed" if find_spec("triton") is None else None
+    return self_attention_triton.triton_missing()
 
 
 _WHY_NO_TRITON = _why_no_triton()
@@ -154,30 +147,21 @@ def _backend(device_type: str) -> _library.Backend | None:
 _NATIVE_DEVICES = _library.register_op(
     _OP, ("self_attention_forward", "self_attention_backward"), _backend
 )
-_library.LIBRARY.impl("self_attention_forward", lambda *args: _triton().forward(*args), "CUDA")
-_library.LIBRARY.impl("self_attention_backward", lambda *args: _triton().backward(*args), "CUDA")
+_library.LIBRARY.impl("self_attention_forward", self_attention_triton.forward, "CUDA")
+_library.LIBRARY.impl("self_attention_backward", self_attention_triton.backward, "CUDA")
 
 
 def _has_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.device.type == "cuda":
-        return _WHY_NO_TRITON is None and _triton().supported(query, key, value) is None
+        return _WHY_NO_TRITON is None and self_attention_triton.supported(query, key, value) is None
     return query.device.type in _NATIVE_DEVICES
-
-
-def _empty_like_tokens(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Dense, with tokens side by side where those of ``tensor`` are: the layout of every result."""
-    _, heads, length, depth = shape
-    if tensor.stride(2) == 1 and tensor.stride(3) != 1:
-        strides = (heads * depth * length, depth * length, 1, length)
-        return tensor.new_empty_strided(shape, strides)
-    return tensor.new_empty(shape)
 
 
 @torch.library.register_fake("mafnet_ops::self_attention_forward", lib=_library.LIBRARY)
 def _(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    out = _empty_like_tokens(value, (*query.shape[:3], value.shape[3]))
+    out = self_attention_triton.empty_like_tokens(value, (*query.shape[:3], value.shape[3]))
     return out, query.new_empty(query.shape[:3], dtype=reference.coordinate_dtype(query.dtype))
 
 
@@ -185,7 +169,9 @@ def _(
 def _(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_empty_like_tokens(t, tuple(t.shape)) for t in (query, key, value))
+    return tuple(
+        self_attention_triton.empty_like_tokens(t, tuple(t.shape)) for t in (query, key, value)
+    )
 
 
 def _scores(query_shape: Any, key_shape: Any, window: Sequence[int]) -> int:

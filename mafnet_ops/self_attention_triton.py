@@ -60,8 +60,13 @@ def triton_missing() -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the questions
 def _device_missing(index: int) -> str | None:
+    return _ask_device(index)
+
+
+@functools.cache
+def _ask_device(index: int) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(index)
@@ -211,11 +216,13 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "tf32x3"
 
 
-def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Dense; where the tokens of ``tensor`` are neighbours in memory, as in (N, C, H * W), so they are here."""
+def empty_like_tokens(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The layout of every result of the op: dense, and where the tokens of ``tensor`` are neighbours in memory, as in
+    (N, C, H * W), so they are here."""
+    _, heads, length, depth = shape
     if tensor.stride(2) == 1 and tensor.stride(3) != 1:
-        *outer, length, width = shape
-        return tensor.new_empty((*outer, width, length)).transpose(2, 3)
+        strides = (heads * depth * length, depth * length, 1, length)
+        return tensor.new_empty_strided(shape, strides)
     return tensor.new_empty(shape)
 
 
@@ -280,7 +287,7 @@ def forward(
     _check("self_attention_forward", query, key, value)
     geometry = _Geometry.of(query, key, window)
     shape = (*query.shape[:3], value.shape[3])
-    out = _empty_like(value, shape)
+    out = empty_like_tokens(value, shape)
     lse = query.new_empty(shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
@@ -345,7 +352,7 @@ def backward(
     """Raw op: gradients of query, key and value, laid out as those are; ``deterministic`` takes no atomics."""
     _check("self_attention_backward", query, key, value)
     geometry = _Geometry.of(query, key, window)
-    grads = [_empty_like(t, tuple(t.shape)) for t in (query, key, value)]
+    grads = [empty_like_tokens(t, tuple(t.shape)) for t in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if 0 in (geometry.images, geometry.heads, geometry.length_q, geometry.length_k):
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()

@@ -1,11 +1,10 @@
 // Matrix products in bfloat16 by tile registers: 16 times the products per clock of float vectors.
 #include "common/simd.h"
+#include "common/tiles.h"
 #include "modulated_deform_conv2d/gemm_bf16.h"
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#define MAFNET_HAS_TILES 1
+#if defined(MAFNET_HAS_TILES)
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,16 +14,6 @@ namespace mafnet {
 #if defined(MAFNET_HAS_TILES)
 
 namespace {
-
-#define MAFNET_TARGET_TILES \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-
-// The layout that the processor wants.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 bool detect_bf16_tiles() {
   if (detect_simd_level() != SimdLevel::kAvx512) return false;
@@ -107,12 +96,7 @@ MAFNET_TARGET_TILES void pack_bf16(const float* b, int64_t b_row, int depth, int
 
 MAFNET_TARGET_TILES void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth,
                                        int columns, float* c, int64_t c_row) {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = kBf16Rows;
-  }
-  _tile_loadconfig(&config);
+  open_tiles();
   const int64_t a_row = padded_depth(depth), b_row = int64_t{columns} * 2;
   for (int m = 0; m < rows; m += kBf16Rows) {
     const uint16_t* left = a + m * a_row;

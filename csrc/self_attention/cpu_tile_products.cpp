@@ -13,13 +13,6 @@
 namespace mafnet {
 namespace {
 
-// The layout that the processor wants.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Upper half of the bits of the piece-th part of x: each part takes the next 8 digits.
 MAFNET_INLINE uint16_t piece_of(float x, int piece) {
   uint32_t bits;
@@ -223,19 +216,6 @@ void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps,
     }
   }
 }
-
-MAFNET_TARGET_TILES void open_tiles() {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = kTile;
-  }
-  // GCC 12 takes the instruction to read 8 bytes, and would leave the others unwritten.
-  asm volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
-}
-
-MAFNET_TARGET_TILES void close_tiles() { _tile_release(); }
 
 }  // namespace mafnet
 

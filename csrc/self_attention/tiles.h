@@ -9,11 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#define MAFNET_HAS_TILES 1
-#define MAFNET_TARGET_TILES \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")))
-#endif
+#include "common/tiles.h"
 
 namespace mafnet {
 
@@ -69,10 +65,8 @@ struct TileSums {
   int64_t row, column;
 };
 
-// C = A B, or += where add, for rows x columns tiles. Between open_tiles and close_tiles only.
+// C = A B, or += where add, for rows x columns tiles. Between open_tiles and _tile_release only.
 void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps, int count,
                     int rows, int columns, const TileSums& c, bool add);
-void open_tiles();
-void close_tiles();
 
 }  // namespace mafnet

@@ -578,7 +578,7 @@ def test_reasons_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "_interpreted", lambda: False)
     assert ours.supported(*given) == "the Triton kernels run on CUDA, not on cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    missing = ours._device_missing.__wrapped__
+    missing = ours._ask_device.__wrapped__
     assert missing(0) == "sm_75 is older than sm_80"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert missing(0) is None
@@ -687,3 +687,16 @@ def test_planted_bugs_are_caught(
     monkeypatch.setattr(ours, "_kernels", lambda: planted)
     with pytest.raises(AssertionError):
         test("cpu")
+
+
+def test_asking_for_the_device_is_traceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo cannot trace what is asked of the system; it must take the answer as it is."""
+    ours._ask_device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def taken(x: Tensor) -> Tensor:
+        return x + 1 if ours._device_missing(0) is None else x - 1
+
+    assert taken(torch.zeros(())) == -1
+    ours._ask_device.cache_clear()

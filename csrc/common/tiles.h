@@ -1,0 +1,37 @@
+// Tile registers (AMX): eight of 16 rows of 64 bytes, and products of two in bfloat16.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MAFNET_HAS_TILES 1
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define MAFNET_TARGET_TILES \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")))
+
+namespace mafnet {
+
+// The layout that the processor wants.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Takes the tile registers, all of full size. _tile_release gives them back.
+MAFNET_TARGET_TILES inline void open_tiles() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  // GCC 12 takes the instruction to read 8 bytes, and would leave the others unwritten.
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+}  // namespace mafnet
+
+#endif
