@@ -12,6 +12,7 @@ from torch import Tensor
 
 import mafnet_ops
 from mafnet_ops import reference
+from mafnet_ops.pyramid_spatial_attention import LAYERS
 
 LAYOUTS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -339,9 +340,96 @@ def self_attention_cases(suite: Suite) -> Iterator[Case]:
             )
 
 
+# ------------------------------------------------------------------------- pyramid_spatial_attention
+
+SLOPE = 0.1  # of every LeakyReLU
+
+
+def conv_lrelu(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.leaky_relu(F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2), SLOPE)
+
+
+def pool_recipe(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    pools = [F.max_pool2d(image, 3, 2, 1), F.avg_pool2d(image, 3, 2, 1)]
+    return conv_lrelu(torch.cat(pools, 1), weight, bias)
+
+
+def gate_recipe(image: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return image * mask.sigmoid() * 2 + conv_lrelu(mask, weight, bias)
+
+
+def pyramid_recipe(image: Tensor, *parameters: Tensor) -> Tensor:
+    """What people write, with EDVR's names in the order of ``LAYERS``."""
+    reduce, pool_1, level_2, pool_2, conv_2, add, mask, feature = zip(
+        parameters[:8], parameters[8:]
+    )
+
+    def resize(small: Tensor, size: torch.Size) -> Tensor:
+        return F.interpolate(small, size[2:], mode="bilinear", align_corners=False)
+
+    half = pool_recipe(conv_lrelu(image, *reduce), *pool_1)
+    quarter = conv_lrelu(pool_recipe(conv_lrelu(half, *level_2), *pool_2), *conv_2)
+    merged = conv_lrelu(resize(quarter, half.shape) + half, *add)
+    return gate_recipe(image, F.conv2d(resize(merged, image.shape), *mask, padding=1), *feature)
+
+
+def pyramid_spatial_attention_cases(suite: Suite) -> Iterator[Case]:
+    def block(image: Tensor, *parameters: Tensor) -> Tensor:
+        return mafnet_ops.pyramid_spatial_attention(image, parameters[:8], parameters[8:])
+
+    channels, height, width = (8, 9, 11) if suite.small else (64, 180, 320)
+    small_sides = {"pool_1": (2, 1), "pool_2": (2, 3), "conv_2": (1, 3), "mask": (1, 3)}
+
+    def layer(name: str) -> tuple[Tensor, Tensor]:
+        wide, kernel = small_sides.get(name, (1, 1))
+        shape = (channels, wide * channels, kernel, kernel)
+        weight = torch.randn(shape, device=suite.device) * (2 / shape[1] / kernel**2) ** 0.5
+        return weight, torch.randn(channels, device=suite.device)
+
+    def image() -> Tensor:
+        return torch.randn(1, channels, height, width, device=suite.device)
+
+    square = channels**2 * height * width
+    # The whole block only in float32: in half precision its maps are rounded ten times over, by us and by the recipe.
+    recipes: dict[
+        str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[str, ...], int]
+    ] = {
+        "block": (block, pyramid_recipe, ("float32",), 219 * square // 8),
+        "pool_concat_conv": (mafnet_ops.pool_concat_conv, pool_recipe, suite.dtypes, square),
+        "spatial_gate": (mafnet_ops.spatial_gate, gate_recipe, suite.dtypes, 2 * square),
+    }
+    for name, (ours, recipe, dtypes, flops) in recipes.items():
+        for dtype, (layout, memory_format) in itertools.product(dtypes, LAYOUTS.items()):
+            torch.manual_seed(0)
+            maps = [image(), image()] if name == "spatial_gate" else [image()]
+            if name == "block":
+                weights, biases = zip(*map(layer, LAYERS))
+                parameters = [*weights, *biases]
+            else:
+                parameters = list(layer("pool_1" if name == "pool_concat_conv" else "feature"))
+            inputs = [t.to(DTYPES[dtype], memory_format=memory_format) for t in maps]
+            inputs += [t.to(DTYPES[dtype]) for t in parameters]
+            yield Case(
+                op="pyramid_spatial_attention",
+                shape=f"{name} 1x{channels}x{height}x{width}",
+                dtype=dtype,
+                layout=layout,
+                distribution="normal",
+                inputs=tuple(t.requires_grad_() for t in inputs),
+                implementations=(
+                    Implementation("mafnet_ops", ours),
+                    Implementation("PyTorch's ops", recipe),
+                ),
+                definition=recipe,
+                flops=flops,
+                terms=9 * channels,
+            )
+
+
 CASES: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "flow_warp": flow_warp_cases,
     "modulated_deform_conv2d": modulated_deform_conv2d_cases,
     "deform_align": deform_align_cases,
     "self_attention": self_attention_cases,
+    "pyramid_spatial_attention": pyramid_spatial_attention_cases,
 }
