@@ -20,7 +20,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Takes the tile registers, all of full size. _tile_release gives them back.
+// Takes the tile registers, all of full size, until close_tiles.
 MAFNET_TARGET_TILES inline void open_tiles() {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
@@ -31,6 +31,8 @@ MAFNET_TARGET_TILES inline void open_tiles() {
   asm volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
+
+MAFNET_TARGET_TILES inline void close_tiles() { _tile_release(); }
 
 }  // namespace mafnet
 

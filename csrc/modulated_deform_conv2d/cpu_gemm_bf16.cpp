@@ -109,7 +109,7 @@ MAFNET_TARGET_TILES void multiply_bf16(const uint16_t* a, const uint16_t* b, int
       multiply_tiles<1>(left, a_row, b + 2 * n, b_row, depth, out + n, c_row);
     }
   }
-  _tile_release();
+  close_tiles();
 }
 
 #else

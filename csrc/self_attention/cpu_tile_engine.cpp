@@ -52,7 +52,7 @@ class TileEngine {
           grad_value(kBackward ? kKeyBlocks * e.value_depth_ * kTile * kKeys : 0) {
       open_tiles();
     }
-    ~Scratch() { _tile_release(); }
+    ~Scratch() { close_tiles(); }
 
     static constexpr int kWeights = kKeys * (kBackward ? kQueries : kTogether) * kPieces;
     Buffer<float> numbers;

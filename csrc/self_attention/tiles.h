@@ -65,7 +65,7 @@ struct TileSums {
   int64_t row, column;
 };
 
-// C = A B, or += where add, for rows x columns tiles. Between open_tiles and _tile_release only.
+// C = A B, or += where add, for rows x columns tiles. Between open_tiles and close_tiles only.
 void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps, int count,
                     int rows, int columns, const TileSums& c, bool add);
 
