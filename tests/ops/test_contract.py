@@ -58,14 +58,26 @@ def assert_accurate(contract: Contract, tensors: list[Tensor], actual: list[Tens
     tensors = [t.detach().contiguous() for t in tensors]
     exact = run(contract.baseline, [t.double() for t in tensors])
     baseline = run(contract.baseline, tensors)
+    if contract.roundings > 1 and actual[0].dtype == torch.float64:
+        baseline = [e + d for e, d in zip(exact, _errors_in_fp64(contract, tensors))]
     pixels = tensors[0].shape[0] * tensors[0].shape[2] * tensors[0].shape[3]
     for i, (a, b, e) in enumerate(zip(actual, baseline, exact)):
         what = "output" if i == 0 else f"gradient of argument {i - 1}"
         terms = contract.terms if i == 0 else contract.terms * max(pixels, 1)
         if a.dtype == torch.float64:
-            assert_as_accurate(a, e, e, what, 4 * terms)  # both are rounded: two walks
+            # Both are rounded: two walks. Of one op, PyTorch's result stands for the exact one.
+            assert_as_accurate(a, b if contract.roundings > 1 else e, e, what, 4 * terms)
         else:
             assert_as_accurate(a, b.to(a.dtype), e, what, terms, contract.roundings)
+
+
+def _errors_in_fp64(contract: Contract, tensors: list[Tensor]) -> list[Tensor]:
+    """PyTorch's largest errors in fp64, of a network whose gradients cancel: those in fp32, by the ratio of the eps."""
+    rounded = [t.float() for t in tensors]
+    exact = run(contract.baseline, [t.double() for t in rounded])
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    pairs = zip(run(contract.baseline, rounded), exact)
+    return [(single - e).abs().amax() * ratio if e.numel() else e for single, e in pairs]
 
 
 # ------------------------------------------------------------------------------------ dtypes, layouts
