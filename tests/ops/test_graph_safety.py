@@ -26,6 +26,7 @@ WAITS_IN_PYTHON = {
     "unique",
     "masked_select",
 }
+SAID = {"offset_health.py": ["tolist"]}  # OffsetHealth.read, whose purpose it is
 WAITS_IN_CUDA = re.compile(
     r"cuda\w*Synchronize|cudaMemcpy(?!\w*Async)|cudaMalloc\b|cudaFree\b|cudaStreamDefault|_local_scalar_dense|\.item<"
 )
@@ -40,7 +41,8 @@ def waits(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.name)
 def test_python_does_not_read_tensors(path: Path) -> None:
-    assert not waits(path.read_text())
+    found = [wait.split(":")[1] for wait in waits(path.read_text())]
+    assert found == SAID.get(path.name, [])
 
 
 @pytest.mark.parametrize("path", NATIVE, ids=lambda p: f"{p.parent.name}/{p.name}")
