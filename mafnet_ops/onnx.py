@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -190,13 +191,17 @@ def deform_align(
     bias: Tensor | None = None,
     flow_1: Tensor | None = None,
     flow_2: Tensor | None = None,
-    max_residue_magnitude: float = 10.0,
+    max_residue_magnitude: float | None = 10.0,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
+    parts: int = 1,
 ) -> Tensor:
     """:func:`mafnet_ops.deform_align` by one of the convolutions above."""
-    offset, mask = reference.deform_align_offsets(raw, flow_1, flow_2, max_residue_magnitude)
+    reach = math.inf if max_residue_magnitude is None else max_residue_magnitude
+    offset, mask = reference.deform_align_offsets(raw, flow_1, flow_2, reach)
+    if parts > 1:
+        offset, mask = offset.repeat(1, parts, 1, 1), mask.repeat(1, parts, 1, 1)
     return convolution(input, offset, mask, weight, bias, stride, padding, dilation)
 
 

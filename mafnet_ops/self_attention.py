@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -226,8 +227,10 @@ def _reference(scale: float, options: tuple[int, ...]) -> Any:
     """The definition as a differentiable function of query, key and value."""
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Autocast would take the scores back to its dtype.
-        with torch.autocast(query.device.type, enabled=False):
+        # Autocast would take the scores back to its dtype. Not every device type knows it.
+        low = autocast_dtype(query.device)
+        precise = nullcontext() if low is None else torch.autocast(query.device.type, enabled=False)
+        with precise:
             if not options:
                 return reference.self_attention(query, key, value, scale)
             window, *size = options
