@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Optional = Tensor | None
 
 
 def memory_format_of(input: Tensor) -> torch.memory_format:
@@ -40,3 +43,27 @@ def fold(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
 def unfold(tensor: Tensor, batch: int) -> Tensor:
     """Take the batch of images apart again."""
     return tensor.unflatten(0, (batch, tensor.shape[0] // batch))
+
+
+def fold_images(
+    tensors: Sequence[Optional], dims: Sequence[int | None], batch: int, images: Container[int]
+) -> list[Optional]:
+    """:func:`fold` of the tensors at the positions ``images``; the others are shared and stay."""
+    return [
+        t if t is None or i not in images else fold(t, d, batch)
+        for i, (t, d) in enumerate(zip(tensors, dims))
+    ]
+
+
+def select(tensors: Sequence[Optional], dims: Sequence[int | None], index: int) -> list[Optional]:
+    """One sample of those that vmap added."""
+    return [t if t is None or d is None else t.select(d, index) for t, d in zip(tensors, dims)]
+
+
+def without_missing(
+    primals: Sequence[Optional], tangents: Sequence[Optional]
+) -> tuple[list[bool], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Which tensors are there, those, and their tangents with zeros for the missing ones."""
+    pairs = [(p, t) for p, t in zip(primals, tangents) if p is not None]
+    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
+    return [p is not None for p in primals], tuple(p for p, _ in pairs), filled

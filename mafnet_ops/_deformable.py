@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import fold, jvp_by_vjp, unfold
+from ._autograd import Optional, fold_images, jvp_by_vjp, select, unfold, without_missing
 from ._checks import (
     pair,
     require,
@@ -25,7 +25,6 @@ from ._checks import (
     require_tensor,
 )
 
-Optional = Tensor | None
 Options = tuple[Any, ...]
 Geometry = tuple[int, int, int, int, int, int]
 """Stride, padding and dilation, each vertical and horizontal."""
@@ -164,7 +163,7 @@ def make_functions(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Optional, ...]:
             saved = ctx.saved_tensors
-            present, primals, _ = _present(saved, (None,) * len(saved))
+            present, primals, _ = without_missing(saved, (None,) * len(saved))
             function = _definition_vjp(definition, present, ctx.options, ctx.needs)
             vjp: Any = torch.func.vjp(function, *primals)[1]
             results = iter(vjp(tuple(g for g, need in zip(grads, ctx.needs) if need)))
@@ -172,7 +171,7 @@ def make_functions(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Optional) -> tuple[Tensor, ...]:
-            present, primals, filled = _present(ctx.saved_for_forward, tangents)
+            present, primals, filled = without_missing(ctx.saved_for_forward, tangents)
             function = _definition_vjp(definition, present, ctx.options, ctx.needs)
             results = iter(jvp_by_vjp(function, primals, filled))
             return tuple(
@@ -187,12 +186,12 @@ def make_functions(
             *tensors, options, needs = args
             images = len(tensors) - 1  # all but the weight
             if in_dims[images] is None and not any(needs[-2:]):
-                folded = _fold_images(tensors, in_dims, info.batch_size, images)
+                folded = fold_images(tensors, in_dims, info.batch_size, range(images))
                 grads = Backward.apply(*folded, options, needs)
                 unfolded = [unfold(g, info.batch_size) for g in grads[:-2]]
                 unfolded += [g.new_empty((info.batch_size, *g.shape)) for g in grads[-2:]]
             else:  # gradients of weight and bias are sums over the images: one by one
-                parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
+                parts = [select(tensors, in_dims, i) for i in range(info.batch_size)]
                 each = [Backward.apply(*part, options, needs) for part in parts]
                 unfolded = [torch.stack(same) for same in zip(*each)]
             return tuple(unfolded), (0,) * len(unfolded)
@@ -228,27 +227,18 @@ def make_functions(
             *tensors, options = args
             images = len(tensors) - 2  # all but weight and bias
             if in_dims[images] is None and in_dims[images + 1] is None:
-                folded = _fold_images(tensors, in_dims, info.batch_size, images)
+                folded = fold_images(tensors, in_dims, info.batch_size, range(images))
                 return unfold(ForwardWithJvp.apply(*folded, options), info.batch_size), 0
-            parts = [_select(tensors, in_dims, i) for i in range(info.batch_size)]
+            parts = [select(tensors, in_dims, i) for i in range(info.batch_size)]
             return torch.stack([ForwardWithJvp.apply(*part, options) for part in parts]), 0
 
     class ForwardWithJvp(Forward):
         @staticmethod
         def jvp(ctx: Any, *tangents: Optional) -> Tensor:
-            present, primals, filled = _present(ctx.saved_for_forward, tangents)
+            present, primals, filled = without_missing(ctx.saved_for_forward, tangents)
             return jvp_by_vjp(_in_double(definition, present, ctx.options), primals, filled)
 
     return Functions(raw_forward, Forward, ForwardWithJvp)
-
-
-def _present(
-    primals: tuple[Optional, ...], tangents: tuple[Optional, ...]
-) -> tuple[list[bool], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Which tensors are there, those, and their tangents with zeros for the missing ones."""
-    pairs = [(p, t) for p, t in zip(primals, tangents) if p is not None]
-    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
-    return [p is not None for p in primals], tuple(p for p, _ in pairs), filled
 
 
 def _in_double(definition: Any, present: list[bool], options: Options) -> Any:
@@ -278,17 +268,3 @@ def _definition_vjp(
         return tuple(g for g, need in zip(every, needs) if need and g is not None)
 
     return backward
-
-
-def _fold_images(
-    tensors: list[Optional], in_dims: tuple[int | None, ...], batch: int, images: int
-) -> list[Optional]:
-    """Merge the dimension that vmap added into the batch of images; the tensors from ``images`` on are shared."""
-    return [
-        fold(tensor, dim, batch) if tensor is not None and position < images else tensor
-        for position, (tensor, dim) in enumerate(zip(tensors, in_dims))
-    ]
-
-
-def _select(tensors: list[Optional], in_dims: tuple[int | None, ...], index: int) -> list[Optional]:
-    return [t if t is None or d is None else t.select(d, index) for t, d in zip(tensors, in_dims)]

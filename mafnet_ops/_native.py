@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import fold, jvp_by_vjp, unfold
+from ._autograd import Optional, fold_images, jvp_by_vjp, select, unfold, without_missing
 
-Optional = Tensor | None
 Options = tuple[Any, ...]
 
 
@@ -77,9 +76,9 @@ class _Forward(torch.autograd.Function):
         dims, batch = in_dims[2:], info.batch_size
         images = OPS[name].per_image
         if all(d is None for i, d in enumerate(dims) if i not in images):
-            folded = _fold_images(tensors, dims, batch, images)
+            folded = fold_images(tensors, dims, batch, images)
             return unfold(_ForwardWithJvp.apply(name, options, *folded), batch), 0
-        each = [_select(tensors, dims, i) for i in range(batch)]
+        each = [select(tensors, dims, i) for i in range(batch)]
         return torch.stack([_ForwardWithJvp.apply(name, options, *one) for one in each]), 0
 
 
@@ -87,7 +86,7 @@ class _ForwardWithJvp(_Forward):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         primals = ctx.saved_for_forward
-        present, given, filled = _present(primals, tangents[2:])
+        present, given, filled = without_missing(primals, tangents[2:])
         return jvp_by_vjp(_reference(ctx.name, ctx.options, present), given, filled)
 
 
@@ -118,7 +117,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Optional, ...]:
-        present, primals, _ = _present(ctx.saved_tensors, (None,) * len(ctx.saved_tensors))
+        present, primals, _ = without_missing(ctx.saved_tensors, (None,) * len(ctx.saved_tensors))
         function = _reference_vjp(ctx.name, ctx.options, present[1:], ctx.needs)
         vjp: Any = torch.func.vjp(function, *primals)[1]
         results = iter(vjp(tuple(g for g, need in zip(grads, ctx.needs) if need)))
@@ -128,7 +127,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         primals = ctx.saved_for_forward
-        present, given, filled = _present(primals, (tangents[3], *tangents[5:]))
+        present, given, filled = without_missing(primals, (tangents[3], *tangents[5:]))
         function = _reference_vjp(ctx.name, ctx.options, present[1:], ctx.needs)
         results = iter(jvp_by_vjp(function, given, filled))
         return tuple(
@@ -147,26 +146,17 @@ class _Backward(torch.autograd.Function):
         images = (0, 1, *(i + 2 for i in OPS[name].per_image))
         parameters = [i for i in range(2, len(tensors)) if i not in images]
         if all(dims[i] is None and not needs[i - 2] for i in parameters):
-            folded = _fold_images(tensors, dims, batch, images)
+            folded = fold_images(tensors, dims, batch, images)
             grads = _Backward.apply(name, options, needs, *folded)
             results = [
                 unfold(g, batch) if need else g.new_empty((batch, *g.shape))
                 for g, need in zip(grads, needs)
             ]
         else:  # gradients of parameters are sums over the images: one by one
-            each = [_select(tensors, dims, i) for i in range(batch)]
+            each = [select(tensors, dims, i) for i in range(batch)]
             parts = [_Backward.apply(name, options, needs, *one) for one in each]
             results = [torch.stack(same) for same in zip(*parts)]
         return tuple(results), (0,) * len(results)
-
-
-def _present(
-    primals: tuple[Optional, ...], tangents: tuple[Optional, ...]
-) -> tuple[list[bool], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Which tensors are there, those, and their tangents with zeros for the missing ones."""
-    pairs = [(p, t) for p, t in zip(primals, tangents) if p is not None]
-    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in pairs)
-    return [p is not None for p in primals], tuple(p for p, _ in pairs), filled
 
 
 def _reference(name: str, options: Options, present: list[bool]) -> Any:
@@ -193,17 +183,3 @@ def _reference_vjp(
         return tuple(g for g, need in zip(every, needs) if need and g is not None)
 
     return backward
-
-
-def _fold_images(
-    tensors: Any, dims: tuple[Any, ...], batch: int, per_image: tuple[int, ...]
-) -> list[Optional]:
-    """Merge the dimension that vmap added into the batch of images; the others are shared."""
-    return [
-        t if t is None or i not in per_image else fold(t, d, batch)
-        for i, (t, d) in enumerate(zip(tensors, dims))
-    ]
-
-
-def _select(tensors: Any, dims: tuple[Any, ...], index: int) -> list[Optional]:
-    return [t if t is None or d is None else t.select(d, index) for t, d in zip(tensors, dims)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference, self_attention_triton
-from ._autograd import fold, jvp_by_vjp, unfold
+from ._autograd import fold, jvp_by_vjp, unfold, without_missing
 from ._checks import (
     autocast_dtype,
     pair,
@@ -277,7 +277,7 @@ class _SelfAttentionWithJvp(_SelfAttention):
     def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, None]:
         primals = ctx.saved_for_forward
         return jvp_by_vjp(
-            _reference(ctx.scale, ctx.options), primals, _filled(primals, tangents)
+            _reference(ctx.scale, ctx.options), primals, without_missing(primals, tangents)[2]
         ), None
 
 
@@ -322,7 +322,7 @@ class _SelfAttentionBackward(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: _Optional) -> tuple[Tensor, ...]:
         primals = ctx.saved_for_forward
         function = _reference_vjp(ctx.scale, ctx.options)
-        return tuple(jvp_by_vjp(function, primals, _filled(primals, tangents)))
+        return tuple(jvp_by_vjp(function, primals, without_missing(primals, tangents)[2]))
 
     @staticmethod
     def vmap(
@@ -331,11 +331,6 @@ class _SelfAttentionBackward(torch.autograd.Function):
         tensors = [fold(t, d, info.batch_size) for t, d in zip(args[:6], in_dims)]
         grads = _SelfAttentionBackward.apply(*tensors, *args[6:])
         return tuple(unfold(g, info.batch_size) for g in grads), (0, 0, 0)
-
-
-def _filled(primals: tuple[Tensor, ...], tangents: tuple[_Optional, ...]) -> tuple[Tensor, ...]:
-    """The tangents, with zeros for the missing ones."""
-    return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents))
 
 
 def _reference_vjp(scale: float, options: tuple[int, ...]) -> Any:

@@ -127,6 +127,7 @@ def test_copies_keep_the_names() -> None:
     theirs = {k.replace("conv_out", "W"): v for k, v in NonLocalBlock(4).state_dict().items()}
     for block in (copy.deepcopy(NonLocalBlock(4)), pickle.loads(pickle.dumps(NonLocalBlock(4)))):
         block.load_state_dict(theirs)
+        assert torch.equal(block.theta.weight, theirs["theta.weight"])
 
 
 def test_errors() -> None:

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 CHANNELS, HEIGHT, WIDTH = 64, 180, 320
 ROUNDS = 9
 # D_qk beside D_v = 64, and how many times as fast as SDPA at least
-ATTENTION = [(8, torch.float32, 1.8), (8, torch.bfloat16, 2.5)]
+ATTENTION = [(8, torch.float32, 2.5), (8, torch.bfloat16, 4.0)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -191,8 +191,8 @@ def test_deform_align_beats_its_recipe(groups: int, parts: int, backward: bool, 
 @pytest.mark.parametrize(("depth", "dtype", "bar"), ATTENTION, ids=str)
 def test_attention_forward(depth: int, dtype: torch.dtype, bar: float) -> None:
     """Against SDPA as called; of unequal widths it makes a matrix of all scores."""
-    query, key = (torch.randn(1, 1, 2048, depth).to(dtype) for _ in range(2))
-    value = torch.randn(1, 1, 2048, 64).to(dtype)
+    query, key = (torch.randn(1, 1, 4096, depth).to(dtype) for _ in range(2))
+    value = torch.randn(1, 1, 4096, 64).to(dtype)
     with torch.no_grad():
         ours, theirs = minima(
             [
