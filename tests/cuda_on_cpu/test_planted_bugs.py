@@ -134,6 +134,21 @@ def test_fast_build_reports(planted: Planted) -> None:
 
 
 @builds
+def test_a_launch_is_stopped_at_any_moment(checked: bool) -> None:
+    """Also within the checker and the allocator, which must be whole for the next launch."""
+    kernels = load(kernel_library("misuse", checked))
+    for microseconds in range(1, 4000, 20):
+        report = kernels.run(
+            "waits_for_nobody",
+            timeout=microseconds * 1e-6,
+            input=np.zeros(64, np.float32),
+            output=np.zeros(64, np.float32),
+            counter=np.zeros(2, np.int32),
+        )
+        assert report.kinds == {"timeout"}
+
+
+@builds
 def test_every_planted_kernel_is_listed(checked: bool) -> None:
     listed = {(p.file, p.entry) for p in PLANTED} | set(CORRECT)
     for file in ("reduce", "gemm", "misuse"):

@@ -12,6 +12,7 @@ constexpr int kCopyBytes = 16;
 }
 
 void async_copy(void* destination, const void* source, int source_size, Place place) {
+  const Uninterrupted uninterrupted;
   require_alignment(destination, kCopyBytes, place);
   require_alignment(source, kCopyBytes, place);  // of a copy that only fills with zeros as well
   if (!is_in_shared_array(destination, kCopyBytes)) {
@@ -27,6 +28,7 @@ void async_copy(void* destination, const void* source, int source_size, Place pl
 }
 
 void async_commit() {
+  const Uninterrupted uninterrupted;
   Thread& t = *g_current;
   const size_t committed =
       std::accumulate(t.committed_groups.begin(), t.committed_groups.end(), size_t{0});
@@ -34,6 +36,7 @@ void async_commit() {
 }
 
 void async_wait(int groups_left) {
+  const Uninterrupted uninterrupted;
   Thread& t = *g_current;
   const size_t groups = t.committed_groups.size();
   const size_t done = groups - std::min(groups, static_cast<size_t>(groups_left));
@@ -52,6 +55,7 @@ void async_wait(int groups_left) {
 
 void check_no_copy_left() {
   if (g_current->copies.empty()) return;
+  const Uninterrupted uninterrupted;
   abandon("cp.async", "exits with copies that it never waited for, issued at " +
                           describe(g_current->copies.front().place));
 }

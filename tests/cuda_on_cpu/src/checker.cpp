@@ -275,6 +275,7 @@ void report_unwritten(Region& region) {
 void check_instrumented_access(const void* address, size_t size, Access access, bool aligned,
                                const void* return_address) {
   if (g_current == nullptr || size == 0) return;
+  const Uninterrupted uninterrupted;
   const Site site = site_of(return_address);
   if (aligned && reinterpret_cast<uintptr_t>(address) % size != 0) {
     refuse("misaligned access", site,
@@ -284,12 +285,15 @@ void check_instrumented_access(const void* address, size_t size, Access access, 
 }
 
 void check_undefined_behaviour(const char* kind, const char* what, Place place) {
-  if (g_current != nullptr) complain(kind, site_of(place), "", what);
+  if (g_current == nullptr) return;
+  const Uninterrupted uninterrupted;
+  complain(kind, site_of(place), "", what);
 }
 
 // ---- from the runtime
 
 void check_access(const void* address, size_t size, Access access, Place place) {
+  const Uninterrupted uninterrupted;
   access_memory(static_cast<const char*>(address), size, access, site_of(place));
 }
 

@@ -129,6 +129,16 @@ class Watchdog {
   Watchdog();
   ~Watchdog();
 };
+bool has_expired();
+
+// While it lives, too long a launch goes on: for all in a kernel's thread that allocates or changes
+// what outlives the launch. The launch ends with it instead.
+class Uninterrupted {
+ public:
+  Uninterrupted();
+  ~Uninterrupted();
+};
+void forget_uninterrupted();  // those of fibers that were left
 
 // ---- report.cpp
 

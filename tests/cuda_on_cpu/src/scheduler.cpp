@@ -37,6 +37,7 @@ std::string hexadecimal(uint32_t v) {
 
 // No thread can run, yet some have not exited.
 [[noreturn]] void report_deadlock() {
+  const Uninterrupted uninterrupted;
   constexpr int kShown = 4;
   const char* kind = "deadlock";
   std::string text = "no thread can run;";
@@ -167,6 +168,7 @@ void run_block(uint64_t number, size_t shared_bytes) {
   assign_turns();
   g_current = &next_thread(nullptr);
   cuemu_switch(&g_block.host_stack_pointer, g_current->stack_pointer);
+  forget_uninterrupted();
   if (!g_block.abandoned) check_shared_guards();
 }
 
@@ -192,6 +194,7 @@ bool is_valid_launch(uint64_t blocks, dim3 grid, uint64_t threads, dim3 block, s
 }  // namespace
 
 void abandon(const char* kind, const std::string& text) {
+  const Uninterrupted uninterrupted;
   report(kind, describe(*g_current) + ": " + text);
   g_block.abandoned = true;
   return_to_host(*g_current);
@@ -279,7 +282,12 @@ int launch_grid(void (*body)(void*), void* context, dim3 grid, dim3 block, size_
   }
   check_begin_grid();
   for (const uint64_t number : order) {
-    run_block(number, shared_bytes);
+    if (has_expired()) {
+      report("timeout", "the launch takes too long");
+      g_block.abandoned = true;
+    } else {
+      run_block(number, shared_bytes);
+    }
     if (g_block.abandoned) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;

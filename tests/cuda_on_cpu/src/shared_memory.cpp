@@ -38,6 +38,7 @@ void* shared_array(const void* tag, size_t size, const char* name, Place place) 
   for (const SharedArray& array : g_block.shared_arrays) {
     if (array.tag == tag) return array.begin;
   }
+  const Uninterrupted uninterrupted;
   g_block.static_shared += size;
   require_shared_bytes(g_block.static_shared, kStaticSharedLimit, "static shared memory", place);
   require_shared_bytes(g_block.static_shared + g_block.dynamic_shared_size, config().shared_limit,

@@ -1,10 +1,20 @@
 // A kernel that faults or does not end must end in a report, not take the process along. The
-// handler leaves the fiber for the host's stack, and what the fiber was doing is lost.
-#include <sys/time.h>
+// handler leaves the fiber for the host's stack, and what the fiber was doing is lost: a launch that
+// takes too long is left in the kernel's own code alone, never within the allocator or the checker.
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
 
 #include <csignal>
+#include <ctime>
+#include <stdexcept>
 
+#include "locate.h"
 #include "runtime.h"
+
+#ifndef sigev_notify_thread_id  // glibc names it since 2.40
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
 
 namespace cuemu {
 
@@ -12,9 +22,16 @@ namespace {
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGALRM};
 constexpr size_t kCount = sizeof kSignals / sizeof *kSignals;
+constexpr long kRetryNanoseconds = 5'000'000;  // until the alarm finds the kernel's own code
 struct sigaction g_previous[kCount];
 alignas(16) char g_handler_stack[64 << 10];
 stack_t g_previous_stack;
+timer_t g_timer;
+pid_t g_thread;  // that launches; no other one's signals are ours
+volatile sig_atomic_t g_expired;
+volatile sig_atomic_t g_held;  // how many Uninterrupted live
+
+pid_t this_thread() { return static_cast<pid_t>(syscall(SYS_gettid)); }
 
 std::string hexadecimal(const void* address) {
   char text[32];
@@ -22,44 +39,83 @@ std::string hexadecimal(const void* address) {
   return text;
 }
 
-void handle(int signal, siginfo_t* info, void*) {
-  if (g_current == nullptr) {  // not in a kernel: what would have happened without us
+const void* interrupted_at(const void* context) {
+  const mcontext_t& machine = static_cast<const ucontext_t*>(context)->uc_mcontext;
+#if defined(__x86_64__)
+  return reinterpret_cast<const void*>(machine.gregs[REG_RIP]);
+#else
+  return reinterpret_cast<const void*>(machine.pc);
+#endif
+}
+
+[[noreturn]] void abandon_as_expired() { abandon("timeout", "the launch takes too long"); }
+
+void handle(int signal, siginfo_t* info, void* context) {
+  const bool ours = this_thread() == g_thread;
+  if (signal == SIGALRM && ours) {
+    g_expired = 1;
+    if (g_current == nullptr || g_held > 0 || !is_in_image(interrupted_at(context))) return;
+    abandon_as_expired();
+  }
+  if (g_current == nullptr || !ours) {  // not in a kernel: what would have happened without us
     for (size_t i = 0; i < kCount; ++i) {
       if (kSignals[i] == signal) sigaction(signal, &g_previous[i], nullptr);
     }
     if (signal == SIGALRM) raise(signal);
     return;
   }
-  if (signal == SIGALRM) abandon("timeout", "the launch takes too long");
   if (signal == SIGFPE) abandon("undefined behaviour", "integer division by zero or overflow");
   abandon("out of bounds", "access to unmapped memory at " + hexadecimal(info->si_addr));
 }
 
-void set_timer(double seconds) {
-  itimerval timer{};
-  timer.it_value.tv_sec = static_cast<time_t>(seconds);
-  timer.it_value.tv_usec = static_cast<suseconds_t>((seconds - std::floor(seconds)) * 1e6);
-  setitimer(ITIMER_REAL, &timer, nullptr);
+// To this thread: a process has others, on whose stacks the handler has no business.
+void start_timer(double seconds) {
+  sigevent event{};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = SIGALRM;
+  event.sigev_notify_thread_id = g_thread;
+  if (timer_create(CLOCK_MONOTONIC, &event, &g_timer) != 0) {
+    throw std::runtime_error("no timer for the launch");
+  }
+  itimerspec time{};
+  time.it_value.tv_sec = static_cast<time_t>(seconds);
+  time.it_value.tv_nsec = static_cast<long>((seconds - std::floor(seconds)) * 1e9);
+  time.it_interval.tv_nsec = kRetryNanoseconds;
+  timer_settime(g_timer, 0, &time, nullptr);
 }
 
 }  // namespace
 
 Watchdog::Watchdog() {
+  g_thread = this_thread();
+  g_expired = g_held = 0;
+  is_in_image(nullptr);  // finds the image now, not in the handler
   stack_t stack{};
   stack.ss_sp = g_handler_stack;
   stack.ss_size = sizeof g_handler_stack;
   sigaltstack(&stack, &g_previous_stack);
   struct sigaction action{};
   action.sa_sigaction = handle;
-  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler may not return
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART | SA_NODEFER;  // it may not return
   for (size_t i = 0; i < kCount; ++i) sigaction(kSignals[i], &action, &g_previous[i]);
-  set_timer(config().timeout);
+  start_timer(config().timeout);
 }
 
 Watchdog::~Watchdog() {
-  set_timer(0);
+  timer_delete(g_timer);
   for (size_t i = 0; i < kCount; ++i) sigaction(kSignals[i], &g_previous[i], nullptr);
   sigaltstack(&g_previous_stack, nullptr);
+}
+
+bool has_expired() { return g_expired != 0; }
+
+void forget_uninterrupted() { g_held = 0; }
+
+Uninterrupted::Uninterrupted() { g_held = g_held + 1; }
+
+Uninterrupted::~Uninterrupted() {
+  g_held = g_held - 1;
+  if (g_held == 0 && g_expired != 0 && g_current != nullptr) abandon_as_expired();
 }
 
 }  // namespace cuemu
