@@ -1,6 +1,7 @@
 // A kernel that faults or does not end must end in a report, not take the process along. The
-// handler leaves the fiber for the host's stack, and what the fiber was doing is lost: a launch that
-// takes too long is left in the kernel's own code alone, never within the allocator or the checker.
+// handler leaves the fiber for the host's stack, and what the fiber was doing is lost: a launch
+// that takes too long is left in the kernel's own code alone, never within the allocator or the
+// checker.
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
