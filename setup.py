@@ -150,7 +150,7 @@ def why_no_extension() -> str | None:
 
 
 def extension(name: str, device_glob: str) -> Extension:
-    """A library of every op folder under csrc that has a file matching device_glob."""
+    """A library of every folder under csrc that has a file matching device_glob."""
     sources = ["csrc/module.cpp"]
     for folder in sorted({path.parent for path in ROOT.glob(f"csrc/*/{device_glob}")}):
         files = [*sorted(folder.glob("binding*.cpp")), *sorted(folder.glob(device_glob))]

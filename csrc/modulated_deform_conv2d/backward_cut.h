@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/pixels.h"
 #include "modulated_deform_conv2d/cut.h"
-#include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {

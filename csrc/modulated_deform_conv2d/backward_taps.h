@@ -5,8 +5,8 @@
 #include <climits>
 #include <cstdint>
 
+#include "common/vectors.h"
 #include "modulated_deform_conv2d/plan.h"
-#include "modulated_deform_conv2d/vectors.h"
 
 namespace mafnet {
 

@@ -13,9 +13,9 @@
 // input that its samples touch, so that the memory is bounded.
 #include <torch/csrc/stable/ops.h>
 
+#include "common/gemm_bf16.h"
+#include "common/pixels.h"
 #include "modulated_deform_conv2d/cut.h"
-#include "modulated_deform_conv2d/gemm_bf16.h"
-#include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {

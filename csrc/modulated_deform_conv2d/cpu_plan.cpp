@@ -1,8 +1,8 @@
 // The positions of a block's samples.
 #include <cmath>
 
+#include "common/pixels.h"
 #include "modulated_deform_conv2d/activations.h"
-#include "modulated_deform_conv2d/pixels.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "modulated_deform_conv2d/gemm.h"
+#include "common/gemm.h"
+#include "common/vectors.h"
 #include "modulated_deform_conv2d/params.h"
-#include "modulated_deform_conv2d/vectors.h"
 
 namespace mafnet {
 

@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/vectors.h"
 #include "modulated_deform_conv2d/params.h"
-#include "modulated_deform_conv2d/vectors.h"
 
 namespace mafnet {
 

@@ -8,10 +8,10 @@
 #include <algorithm>
 
 #include "common/fresh_memory.h"
-#include "modulated_deform_conv2d/gemm.h"
-#include "modulated_deform_conv2d/gemm_bf16.h"
-#include "modulated_deform_conv2d/pixels.h"
-#include "modulated_deform_conv2d/vectors.h"
+#include "common/gemm.h"
+#include "common/gemm_bf16.h"
+#include "common/pixels.h"
+#include "common/vectors.h"
 #include "pyramid_spatial_attention/params.h"
 
 namespace mafnet {

@@ -7,7 +7,7 @@
 //
 // The matrix products are those of modulated_deform_conv2d: tiles of sums in registers over blocks
 // that lie in the second cache.
-#include "modulated_deform_conv2d/gemm.h"
+#include "common/gemm.h"
 #include "self_attention/driver.h"
 #include "self_attention/engines.h"
 #include "self_attention/exp.h"

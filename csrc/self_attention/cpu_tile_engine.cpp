@@ -12,7 +12,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "modulated_deform_conv2d/gemm_bf16.h"
+#include "common/gemm_bf16.h"
 
 namespace mafnet {
 namespace {

@@ -1,6 +1,6 @@
 // Tokens of self_attention between tensors and blocks.
-#include "modulated_deform_conv2d/pixels.h"
-#include "modulated_deform_conv2d/vectors.h"
+#include "common/pixels.h"
+#include "common/vectors.h"
 #include "self_attention/tokens.h"
 
 namespace mafnet {

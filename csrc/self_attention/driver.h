@@ -10,7 +10,7 @@
 
 #include <cstddef>
 
-#include "modulated_deform_conv2d/vectors.h"
+#include "common/vectors.h"
 #include "self_attention/tokens.h"
 
 namespace mafnet {

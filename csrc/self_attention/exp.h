@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "modulated_deform_conv2d/vectors.h"
+#include "common/vectors.h"
 
 namespace mafnet {
 

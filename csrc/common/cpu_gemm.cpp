@@ -1,8 +1,8 @@
 // The matrix products of modulated_deform_conv2d on the CPU: tiles of sums in registers, as large
 // as the registers allow. Measured on one core of a Xeon with AVX-512: the time of oneDNN's
 // convolution.
-#include "modulated_deform_conv2d/gemm.h"
-#include "modulated_deform_conv2d/vectors.h"
+#include "common/gemm.h"
+#include "common/vectors.h"
 
 namespace mafnet {
 namespace {

@@ -1,8 +1,8 @@
 // Pixels of modulated_deform_conv2d from tensors and into them.
 #include <algorithm>
 
-#include "modulated_deform_conv2d/pixels.h"
-#include "modulated_deform_conv2d/vectors.h"
+#include "common/pixels.h"
+#include "common/vectors.h"
 
 namespace mafnet {
 namespace {

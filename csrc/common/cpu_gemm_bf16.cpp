@@ -1,7 +1,7 @@
 // Matrix products in bfloat16 by tile registers: 16 times the products per clock of float vectors.
+#include "common/gemm_bf16.h"
 #include "common/simd.h"
 #include "common/tiles.h"
-#include "modulated_deform_conv2d/gemm_bf16.h"
 
 #if defined(MAFNET_HAS_TILES)
 #include <cpuid.h>
