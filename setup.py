@@ -197,7 +197,8 @@ class NinjaFile:
         """Builds incrementally with ninja, or everything where there is no ninja."""
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         path = self.directory / "build.ninja"
-        path.write_text("\n".join(self.statements))
+        where = f"builddir = {self.directory}"  # of ninja's own log
+        path.write_text("\n".join([where, *self.statements]))
         ninja = shutil.which("ninja")
         if ninja:
             subprocess.check_call([ninja, "-f", str(path), f"-j{jobs}"], cwd=ROOT)
