@@ -40,6 +40,23 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return cudaGetLastError();
 }
 
+// The same pointer into global memory, which the compiler keeps in registers instead of working it
+// out again in a loop.
+template <typename T>
+DEVICE T* held(T* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// base + count * size, in one instruction; base and the result lie in global memory.
+DEVICE const unsigned char* address_of(const void* base, uint32_t count, uint32_t size) {
+  const unsigned char* result;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(size), "l"(base));
+  __builtin_assume(__isGlobal(result));
+  return result;
+}
+
 // Adds four neighbours; address is 16-byte aligned. One instruction on sm_90 and later.
 DEVICE void atomic_add4(float* address, float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 900
@@ -217,6 +234,14 @@ DEVICE void atomic_add4(float* address, float a, float b, float c, float d, CUEM
   atomicAdd(address + 1, b, place);
   atomicAdd(address + 2, c, place);
   atomicAdd(address + 3, d, place);
+}
+
+template <typename T>
+DEVICE T* held(T* pointer) {
+  return pointer;
+}
+DEVICE const unsigned char* address_of(const void* base, uint32_t count, uint32_t size) {
+  return static_cast<const unsigned char*>(base) + uint64_t{count} * size;
 }
 
 DEVICE int split_floor(float v, float& part) {

@@ -10,7 +10,8 @@
 // in shared memory. Its columns are numbered so that a lane's sums are 8 neighbouring output
 // channels.
 //
-// A step is one tap of 32 channels. Coordinates and weights are float. A lane's channels are one
+// A step is one tap of 32 channels; all taps of them follow each other, so that a lane's offset
+// group stays. Coordinates and weights are float. A lane's channels are one
 // run of an offset group or two, each with a position of its own; kRaw: positions are worked out of
 // the raw output of a head and of flows, again for each step. Per (pixel, tap, offset group):
 // offsets and mask read once where groups have 8 channels; per sample the four corners, from L1
@@ -44,14 +45,13 @@ template <typename Products>
 __global__ void __launch_bounds__(kThreads)
     modulated_deform_conv2d_pack_weight_kernel(const ModulatedDeformConv2dParams p) {
   using T = typename Products::Feature;
-  const int tap_steps = p.channels / kStepChannels;
   const int output_tiles = static_cast<int>(ceil_div(p.out_channels, kOutputs));
   const int step = static_cast<int>(blockIdx.x) / output_tiles;
   const int output_tile = static_cast<int>(blockIdx.x) % output_tiles;
-  const int tap = step / tap_steps, tap_step = step % tap_steps;
+  const int tap = step % p.taps(), channel_step = step / p.taps();
   const int column_tile = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int output = output_tile * kOutputs + output_of(column_tile, lane / 4);
-  const int channel = tap_step * kStepChannels + lane % 4 * kLaneChannels;
+  const int channel = channel_step * kStepChannels + lane % 4 * kLaneChannels;
   const bool known = output < p.out_channels;
   const T* weight =
       static_cast<const T*>(p.weight) + (int64_t{output} * p.channels + channel) * p.taps() + tap;
@@ -68,6 +68,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < Products::kVectors; ++i) {
     stage[vector_of<Products>(column_tile, i, lane)] = vectors[i];
   }
+  // Behind the stages: the mask of those who have none, see with_mask.
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+    stage[kLaneTiles * Products::kVectors] = make_uint4(__float_as_uint(1.0f), 0, 0, 0);
+  }
+}
+
+DEVICE void move(float (&positions)[2], int by) {
+  positions[0] += static_cast<float>(by);
+  positions[1] += static_cast<float>(by);
 }
 
 template <typename Products, int kRuns, bool kRaw>
@@ -80,8 +89,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int output_tiles = static_cast<int>(ceil_div(p.out_channels, kOutputs));
   const int output_tile = static_cast<int>(blockIdx.x) % output_tiles;
   const int tile = static_cast<int>(blockIdx.x) / output_tiles;
-  // A coordinate of the grid: the compiler knows it to be one for all lanes, and keeps what begins
-  // at an image in uniform registers.
   const int64_t n = blockIdx.y;
 
   // This lane's two pixels; those past the end repeat the last one and are not stored.
@@ -96,14 +103,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     base_y[q] = static_cast<float>(row * p.stride_h - p.padding_h);
     base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
   }
-  const CoordinateOrigin origin = make_origin<T>(p, n);
+  CoordinateOrigin origin = make_origin<T>(p, n);
+  origin.offset = held(origin.offset);
+  origin.mask = held(origin.mask);
+  const T* input = held(static_cast<const T*>(p.input) + n * p.input_stride[0]);
 
-  const int tap_steps = p.channels / kStepChannels, steps = p.taps() * tap_steps;
-  Image image;
-  image.data = reinterpret_cast<const unsigned char*>(static_cast<const T*>(p.input) +
-                                                      n * p.input_stride[0]);
-  image.row_stride = static_cast<uint32_t>(p.input_stride[2] * int64_t{sizeof(T)});
-  image.column_stride = static_cast<uint32_t>(p.input_stride[3] * int64_t{sizeof(T)});
   // Run v of kRun channels lies in offset group v / runs_per_group % offset_groups, by products and
   // shifts.
   constexpr int kRun = kLaneChannels / kRuns, kRunWords = kRun / kOfWord<T>;
@@ -111,83 +115,91 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int run_reciprocal = ((1 << 16) + runs_per_group - 1) / runs_per_group;
   const int group_reciprocal = ((1 << 20) + p.offset_groups - 1) / p.offset_groups;
 
-  const uint4* packed = static_cast<const uint4*>(p.packed_weight);
-  const auto fetch_stage = [&](int step) {
-    if (step < steps) {
-      const uint4* stage =
-          packed + (int64_t{step} * output_tiles + output_tile) * kLaneTiles * kVectors;
+  const int steps = p.channels / kStepChannels * p.taps();
+  const uint4* stages = static_cast<const uint4*>(p.packed_weight);
+  const auto stage_stride = static_cast<unsigned>(output_tiles * kLaneTiles * kVectors);
+  const auto first_of_stage = static_cast<unsigned>(output_tile * kLaneTiles * kVectors + thread);
+  int fetched = 0;
+  const auto fetch_stage = [&] {
+    if (fetched < steps) {
+      const unsigned at = static_cast<unsigned>(fetched) * stage_stride + first_of_stage;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        const int at = i * kThreads + thread;
-        cp_async16(&ring[step % kStages][at], stage + at);
+        cp_async16(&ring[fetched % kStages][i * kThreads + thread], stages + (at + i * kThreads));
       }
     }
+    ++fetched;
     cp_async_commit();
   };
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) fetch_stage(step);
+  for (int i = 0; i < kStages - 1; ++i) fetch_stage();
 
   float sums[kColumnTiles][4] = {};
-  int tap_step = 0, tap_row = 0, tap_column = 0;
-  for (int step = 0; step < steps; ++step) {
-    const int tap = tap_row * p.kernel_w + tap_column;
-    const int run = (tap_step * (kStepChannels / kLaneChannels) + lane % 4) * kRuns;
-    const float tap_y = static_cast<float>(tap_row * p.dilation_h);
-    const float tap_x = static_cast<float>(tap_column * p.dilation_w);
-    Position position[kRuns][2];
-    bool inner = true;
+  int step = 0;
+  for (int channel_step = 0; channel_step < p.channels / kStepChannels; ++channel_step) {
+    const int run = (channel_step * (kStepChannels / kLaneChannels) + lane % 4) * kRuns;
+    int offset_group[kRuns];
+    uint32_t plane[kRuns];
+    Image image[kRuns];
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       const int part_group = (run + i) * run_reciprocal >> 16;
-      const int offset_group = part_group - (part_group * group_reciprocal >> 20) * p.offset_groups;
-      const int plane = offset_group * p.taps() + tap;
+      offset_group[i] = part_group - (part_group * group_reciprocal >> 20) * p.offset_groups;
+      plane[i] = static_cast<uint32_t>(offset_group[i] * p.taps());
+      image[i] = image_of(p, input, (run + i) * kRun);
+    }
+    int columns_left = p.kernel_w;
+    for (const int end = step + p.taps(); step < end; ++step) {
+      Position position[kRuns][2];
+      bool inner = true;
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        position[i][q] =
-            make_position(base_y[q] + tap_y, base_x[q] + tap_x,
-                          load_coordinates<T, kRaw>(p, origin, static_cast<uint32_t>(pixel[q]),
-                                                    offset_group, static_cast<uint32_t>(plane)));
-        inner = is_inner(p, position[i][q]) && inner;
+      for (int i = 0; i < kRuns; ++i) {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          const auto coordinates = load_coordinates<T, kRaw, uint32_t, true>(
+              p, origin, static_cast<uint32_t>(pixel[q]), offset_group[i], plane[i]);
+          position[i][q] = make_position(base_y[q], base_x[q], coordinates);
+          inner = is_inner(p, position[i][q]) && inner;
+        }
+        ++plane[i];
       }
-    }
-    Corners<kRunWords> corners[kRuns][2];
-    const bool all_inner = __all_sync(0xffffffffu, inner);
+      Corners<kRunWords> corners[kRuns][2];
+      const bool all_inner = __all_sync(0xffffffffu, inner);
 #pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      image.channels = static_cast<uint32_t>((run + i) * kRun) * uint32_t{sizeof(T)};
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        corners[i][q] = all_inner ? inner_corners<kRunWords>(position[i][q], image)
-                                  : edge_corners<kRunWords>(p, position[i][q], image);
+      for (int i = 0; i < 2 * kRuns; ++i) {
+        const Position& s = position[i / 2][i % 2];
+        corners[i / 2][i % 2] = all_inner ? inner_corners<kRunWords>(s, image[i / 2])
+                                          : edge_corners<kRunWords>(p, s, image[i / 2]);
       }
-    }
-    float samples[2][kLaneChannels];
+      float samples[2][kLaneChannels];
 #pragma unroll
-    for (int i = 0; i < 2 * kRuns; ++i) {
-      blend<T>(corners[i / 2][i % 2], samples[i % 2] + i / 2 * kRun);
-    }
-    const Products products(samples);
+      for (int i = 0; i < 2 * kRuns; ++i) {
+        blend<T>(corners[i / 2][i % 2], samples[i % 2] + i / 2 * kRun);
+      }
+      const Products products(samples);
 
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // the stage is there for all, and all have left the one before it
-    fetch_stage(step + kStages - 1);
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // the stage is there for all, and all have left the one before it
+      fetch_stage();
 #pragma unroll
-    for (int tile = 0; tile < kColumnTiles; ++tile) {
-      uint4 weights[kVectors];
+      for (int tile = 0; tile < kColumnTiles; ++tile) {
+        uint4 weights[kVectors];
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        weights[i] = ring[step % kStages][vector_of<Products>(tile, i, lane)];
+        for (int i = 0; i < kVectors; ++i) {
+          weights[i] = ring[step % kStages][vector_of<Products>(tile, i, lane)];
+        }
+        products.add(sums[tile], weights);
       }
-      products.add(sums[tile], weights);
-    }
 
-    if (++tap_step == tap_steps) {
-      tap_step = 0;
-      if (++tap_column == p.kernel_w) {
-        tap_column = 0;
-        ++tap_row;
+      // To the next tap, in whole numbers below kMostPositions, whose sums are exact.
+      move(base_x, p.dilation_w);
+      if (--columns_left == 0) {
+        columns_left = p.kernel_w;
+        move(base_x, -p.kernel_w * p.dilation_w);
+        move(base_y, p.dilation_h);
       }
     }
+    move(base_y, -p.kernel_h * p.dilation_h);
   }
 
 #pragma unroll
@@ -233,8 +245,20 @@ int64_t stages(const ModulatedDeformConv2dParams& p) {
   return int64_t{p.taps()} * (p.channels / kStepChannels) * ceil_div(p.out_channels, kOutputs);
 }
 
+// Without a mask, every sample reads the 1 behind the packed weights.
 template <typename Products>
-int launch_products(const ModulatedDeformConv2dParams& p, void* stream) {
+ModulatedDeformConv2dParams with_mask(const ModulatedDeformConv2dParams& params) {
+  ModulatedDeformConv2dParams p = params;
+  if (p.mask != nullptr) return p;
+  p.mask = static_cast<const uint4*>(p.packed_weight) + stages(p) * kLaneTiles * Products::kVectors;
+  p.mask_dtype = Dtype::kFloat32;
+  for (int64_t& stride : p.mask_stride) stride = 0;
+  return p;
+}
+
+template <typename Products>
+int launch_products(const ModulatedDeformConv2dParams& params, void* stream) {
+  const ModulatedDeformConv2dParams p = with_mask<Products>(params);
   const int status = launch(modulated_deform_conv2d_pack_weight_kernel<Products>,
                             grid_of(stages(p)), dim3(kThreads), 0, stream, p);
   if (status != 0) return status;
@@ -266,7 +290,7 @@ int64_t modulated_deform_conv2d_packed_weight_bytes(const ModulatedDeformConv2dP
     using Products = typename decltype(type)::type;
     return Products::kVectors;
   });
-  return stages(p) * kLaneTiles * vectors * int64_t{sizeof(uint4)};
+  return (stages(p) * kLaneTiles * vectors + 1) * int64_t{sizeof(uint4)};
 }
 
 int launch_forward_tensor_core(const ModulatedDeformConv2dParams& p, void* stream) {

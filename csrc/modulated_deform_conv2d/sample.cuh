@@ -14,12 +14,15 @@ constexpr int kThreads = 256;  // of a block, in every kernel: 8 warps
 // 32-bit Index the whole address but its base is 32 bits, which saves half of its arithmetic.
 template <typename T, typename Index>
 DEVICE Accumulator<T> load_coordinate(const void* data, bool is_feature_type, Index at) {
-  const auto* bytes = static_cast<const unsigned char*>(data);
-  if (is_feature_type) {
-    return to_accumulator(*reinterpret_cast<const T*>(bytes + at * Index{sizeof(T)}));
+  const Index size = is_feature_type ? sizeof(T) : sizeof(float);
+  const unsigned char* address;
+  if constexpr (std::is_same_v<Index, uint32_t>) {
+    address = address_of(data, at, size);
+  } else {
+    address = static_cast<const unsigned char*>(data) + at * size;
   }
-  return static_cast<Accumulator<T>>(
-      *reinterpret_cast<const float*>(bytes + at * Index{sizeof(float)}));
+  if (is_feature_type) return to_accumulator(*reinterpret_cast<const T*>(address));
+  return static_cast<Accumulator<T>>(*reinterpret_cast<const float*>(address));
 }
 
 // The same of a gradient.
@@ -61,7 +64,8 @@ DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
 DEVICE double sigmoid(double v) { return 1 / (1 + exp(-v)); }
 
 // Of plane offset_group * taps + tap. kRaw: p.raw.used, known to the compiler.
-template <typename T, bool kRaw, typename Index>
+// kMask: there is a mask, known to the compiler.
+template <typename T, bool kRaw, typename Index, bool kMask = kRaw>
 DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dParams& p,
                                                     const CoordinateOrigin& origin, Index pixel,
                                                     int offset_group, Index plane) {
@@ -73,7 +77,7 @@ DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dP
   c.dy = load_coordinate<T>(origin.offset, is_t, at);
   c.dx = load_coordinate<T>(origin.offset, is_t, at + stride(p.offset_stride[1]));
   c.mask = c.chain[0] = c.chain[1] = c.chain[2] = 1;
-  if (kRaw || p.mask != nullptr) {
+  if (kMask || p.mask != nullptr) {
     c.mask =
         load_coordinate<T>(origin.mask, p.mask_dtype == p.dtype,
                            plane * stride(p.mask_stride[1]) + pixel * stride(p.mask_stride[2]));
