@@ -11,7 +11,7 @@ CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_FILES) $(shell find tests -t
 # Ops with kernels, tested again with fresh memory full of NaN.
 POISONED := $(addprefix tests/ops/test_,flow_warp.py modulated_deform_conv2d.py deform_align.py)
 
-.PHONY: test test-compat lint format build kernels mutations demo clean
+.PHONY: test test-compat lint format build kernels demo clean
 .DELETE_ON_ERROR:
 
 test: build lint
@@ -40,10 +40,6 @@ kernels: $(VENV)/tools
 	MAFNET_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/kernels
 	$(BIN)/python benchmarks/kernel_report.py
 	$(BIN)/python benchmarks/triton_report.py
-
-# Every barrier and condition of the CUDA sources taken out, one after the other; a test must notice.
-mutations: $(VENV)/tools
-	MAFNET_MUTANTS=all $(BIN)/python -m pytest -q tests/cuda_on_cpu/test_mutations.py
 
 demo: build/venv-demo/installed
 	build/venv-demo/bin/mafnet demo

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from cuda_on_cpu.emulator import ORDERS, Kernels
+from cuda_on_cpu.emulator import ORDERS, Check, Kernels
 from cuda_on_cpu.modulated_deform_conv2d_cases import (
     DOUBLE,
     Case,
@@ -240,8 +241,9 @@ def check_align_backward(
                 assert_same(grad, first.setdefault(name, grad))
 
 
-def check_align_alone(kernels: Kernels, wanted: str) -> None:
-    case = ALIGN_CASES["two flows, 2 groups"]
+def check_align_alone(
+    kernels: Kernels, wanted: str, case: AlignCase = ALIGN_CASES["two flows, 2 groups"]
+) -> None:
     tensors = case.tensors(torch.float32)
     grad_output = random_grad(case.convolution, split(tensors))
     every = align_backward(kernels, case, tensors, grad_output)
@@ -301,21 +303,39 @@ def check_align_empty(kernels: Kernels) -> None:
             assert not grad.any(), name
 
 
-def probe(kernels: Kernels) -> None:
-    """A short run, in fp32 and fp16."""
+def check_align_failing_launches(kernels: Kernels, case: AlignCase) -> None:
+    tensors = case.tensors(torch.float32)
+    grad_output = random_grad(case.convolution, split(tensors))
+    kernels.check_failing_launches(lambda: align_backward(kernels, case, tensors, grad_output))
+
+
+def probe() -> list[Check]:
+    """In fp32 and fp16."""
     single, half = torch.float32, torch.float16
-    check_align_empty(kernels)
-    for wanted in ("raw", "flow_1", "flow_2"):
-        check_align_alone(kernels, wanted)
-    check_saturated_head(kernels, single)
-    check_saturated_head(kernels, half, 64)
+    two_flows = AlignCase(Case(channels=8, offset_groups=4, size=(2, 3), kernel=(1, 2)), 2)
+    checks: list[Check] = [
+        check_align_empty,
+        partial(check_align_failing_launches, case=two_flows),
+        *(
+            partial(check_align_alone, wanted=wanted, case=two_flows)
+            for wanted in ("raw", "flow_1", "flow_2")
+        ),
+        partial(check_saturated_head, dtype=single),
+        partial(check_saturated_head, dtype=half, channels=64),
+    ]
+    random = ("random",)
     for name in ("no flow", "two flows, 2 parts over 3 groups, half flow"):
-        check_align(kernels, ALIGN_CASES[name], half, ("random",))
-        check_align_backward(kernels, ALIGN_CASES[name], half, ("random",), deterministic=True)
-    name = "one flow, 65 pixels, 17 to 65 channels"
-    check_align_backward(kernels, ALIGN_CASES[name], single, ("random",))
+        case = ALIGN_CASES[name]
+        checks += [
+            partial(check_align, case=case, dtype=half, orders=random),
+            partial(check_align_backward, case=case, dtype=half, orders=random, deterministic=True),
+        ]
+    case = ALIGN_CASES["one flow, 65 pixels, 17 to 65 channels"]
+    checks.append(partial(check_align_backward, case=case, dtype=single, orders=random))
     for name in (
         "64 channels, 16 offset groups, two flows",
         "96 channels in 3 parts of 4 offset groups, one flow",
     ):
-        check_align(kernels, ALIGN_TENSOR_CORE_CASES[name], half, ("random",))
+        case = ALIGN_TENSOR_CORE_CASES[name]
+        checks.append(partial(check_align, case=case, dtype=half, orders=random))
+    return checks

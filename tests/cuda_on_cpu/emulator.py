@@ -7,9 +7,12 @@ report.raise_if_any()
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor
 
 ORDERS = ("forward", "reverse", "random")
 SHARED_LIMIT_SM90 = 227 << 10
+LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Report:
 
     status: int
     findings: tuple[Finding, ...]
+    launches: int = 0
 
     @property
     def kinds(self) -> set[str]:
@@ -72,7 +77,10 @@ class Kernels:
         loader.exec_module(self._module)
         self.entries: tuple[str, ...] = tuple(self._module.entries())
         self.checked: bool = self._module.is_checked
-        self.timeout = 60.0  # seconds of wall clock for one call
+        self.timeout = 60.0  # seconds of CPU for one call
+        self.failing_launch: int | None = None  # which launch of a call fails
+        self.mutant: int | None = None  # what the kernels lose, where they have switches
+        self.last = Report(0, ())
 
     def run(
         self,
@@ -95,10 +103,37 @@ class Kernels:
         }
         numbers = {k: float(v) for k, v in arguments.items() if isinstance(v, (int, float))}
         self._module.configure(
-            order=order, seed=seed, timeout=timeout or self.timeout, shared_limit=shared_limit
+            order=order,
+            seed=seed,
+            timeout=timeout or self.timeout,
+            shared_limit=shared_limit,
+            failing_launch=-1 if self.failing_launch is None else self.failing_launch,
+            mutant=-1 if self.mutant is None else self.mutant,
         )
-        status, findings = self._module.run(entry, arrays, numbers)
-        return Report(status, tuple(Finding(*finding) for finding in findings))
+        status, findings, launches = self._module.run(entry, arrays, numbers)
+        self.last = Report(status, tuple(Finding(*finding) for finding in findings), launches)
+        return self.last
+
+    def take_seen(self) -> frozenset[int]:
+        """The mutants that, since the last time, would have made something else happen somewhere."""
+        return frozenset(self._module.take_seen())
+
+    def check_failing_launches(self, call: Callable[[], object]) -> None:
+        """A call of one entry ends with the launch that fails, and says so; each of them in turn."""
+        for number in itertools.count():
+            self.failing_launch = number
+            try:
+                with contextlib.suppress(AssertionError):  # of the results
+                    call()
+            finally:
+                self.failing_launch = None
+            if self.last.launches <= number:
+                return
+            assert self.last.launches == number + 1, "launches go on after one that fails"
+            assert self.last.status == LAUNCH_FAILURE
+
+
+Check = Callable[[Kernels], None]
 
 
 def op_library(op: str, checked: bool, csrc: Path = CSRC) -> Library:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,6 +118,21 @@ class Warp:
         grad_input, grad_flow = torch.autograd.grad(output, (x, f), self.grad_output)
         return output.detach(), grad_input, grad_flow
 
+    # The mutations of the kernels ask for them again and again.
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.to(torch.float64).reference()
+
+    @cached_property
+    def baseline(self) -> tuple[Tensor, Tensor, Tensor]:
+        """fp32 arithmetic, to be rounded once to what the kernels write."""
+        return self.to(torch.float32).reference()
+
+    @cached_property
+    def exact_mask(self) -> Tensor:
+        return reference.flow_warp(self.input.double(), self.flow.double(), return_mask=True)[1]
+
     def numbers(self) -> dict[str, Any]:
         has_channels_last = self.input.shape[1] > 1 and self.input.stride(1) == 1
         return {
@@ -188,7 +204,7 @@ class Warp:
 
     def check_deterministic(self, kernels: Kernels, orders: tuple[str, ...] = ("random",)) -> None:
         """grad_input against the reference, the same bits in every order."""
-        exact = self.to(torch.float64).reference()[1]
+        exact = self.exact[1]
         results = [self.deterministic_grad_input(kernels, order) for order in orders]
         for other in results[1:]:
             assert_same(other, results[0])
@@ -197,7 +213,7 @@ class Warp:
             # both are rounded: two walks
             assert_as_accurate(results[0], exact, exact, "grad_input", 4 * terms)
             return
-        baseline = self.to(torch.float32).reference()[1].to(self.input.dtype)
+        baseline = self.baseline[1].to(self.input.dtype)
         assert_as_accurate(results[0], baseline, exact, "grad_input", terms)
 
     def dense_gradient(self) -> Tensor:
@@ -210,20 +226,15 @@ class Warp:
 
     def check(self, kernels: Kernels, orders: tuple[str, ...] = ("random",)) -> None:
         """Forward and backward against the reference."""
-        exact = self.to(torch.float64).reference()
         first: tuple[Tensor, Tensor] | None = None
         for order in orders:
             output, mask = self.forward(kernels, order)
             results = (output, *self.backward(kernels, order))
-            assert_same(mask.double(), self.exact_mask())
+            assert_same(mask.double(), self.exact_mask)
             if first is not None:  # no sum of the forward depends on the order
                 assert_same(output, first[0])
             first = first or (output, mask)
-            self.check_results(results, exact)
-
-    def exact_mask(self) -> Tensor:
-        result = reference.flow_warp(self.input.double(), self.flow.double(), return_mask=True)
-        return result[1]
+            self.check_results(results, self.exact)
 
     def check_results(self, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
         pixels = max(1, self.flow.shape[1] * self.flow.shape[2])
@@ -233,10 +244,8 @@ class Warp:
             for actual, expected, count in zip(results, exact, terms):
                 assert_rounding_only(actual, expected, count, 4)
             return
-        # fp32 arithmetic, rounded once to what the kernel writes
-        baseline = self.to(torch.float32).reference()
         terms = (1, TERMS * pixels, TERMS * max(1, self.input.shape[1]))
-        for name, actual, base, expected, count in zip(NAMES, results, baseline, exact, terms):
+        for name, actual, base, expected, count in zip(NAMES, results, self.baseline, exact, terms):
             assert_as_accurate(actual, base.to(actual.dtype), expected, name, count)
 
 
@@ -248,49 +257,3 @@ def check_weightless_neighbours(kernels: Kernels, layout: str, interpolation: st
     case = replace(case, input=spoilt, grad_output=spoilt, flow=torch.zeros_like(case.flow))
     assert_same(case.forward(kernels)[0], spoilt)
     assert_same(case.backward(kernels, wanted=("grad_input",))[0], spoilt)
-
-
-def probe(kernels: Kernels) -> None:
-    """A short pass over all that the kernels decide on, for fp32 and fp16, bilinear, zero padding."""
-    half = (torch.float16, torch.float16)
-    Warp.random((1, 16, 5, 7), None, half).check(kernels)
-    for dtypes in ((torch.float32, torch.float32), (torch.float16, torch.float32)):
-        dense = Warp.random((2, 16, 5, 7), None, dtypes, "channels_last")
-        for layout in LAYOUTS:
-            case = Warp.random((2, 16, 5, 7), None, dtypes, layout)
-            case.check(kernels)
-            replace(dense, grad_output=case.grad_output).check(kernels)
-            replace(dense, input=case.input).check(kernels)
-            Warp.random((1, 13, 5, 7), None, dtypes, layout).check(kernels)
-        replace(dense, input=misaligned(dense.input)).check(kernels)
-        replace(dense, grad_output=misaligned(dense.grad_output)).check(kernels)
-        for layout in ("contiguous", "channels_last"):
-            case = Warp.random((2, 16, 5, 7), None, dtypes, layout)
-            for wanted in NAMES[1:]:
-                case.backward(kernels, wanted=(wanted,))
-            case.forward(kernels, with_mask=False)
-            check_weightless_neighbours(kernels, layout, "bilinear")
-    empty = Warp.random((0, 4, 5, 6))
-    empty.forward(kernels)
-    empty.backward(kernels)
-    probe_deterministic(kernels)
-
-
-def probe_deterministic(kernels: Kernels) -> None:
-    """Taps outside and without weight, channels that fill vectors and blocks or do not, gaps in memory."""
-    for channels in (3, 8, 13):
-        for layout in ("contiguous", "channels_last"):
-            Warp.random((2, channels, 5, 7), (4, 3), layout=layout).check_deterministic(kernels)
-    for layout in LAYOUTS:
-        case = Warp.random((2, 16, 5, 7), layout="channels_last")
-        strided = replace(case, grad_output=laid_out(case.grad_output, layout))
-        strided.check_deterministic(kernels)
-    replace(case, grad_output=misaligned(case.grad_output)).check_deterministic(kernels)
-    last = Warp.random((1, 8, 2, 2), (1, 1))  # all taps count, and the last one is the last pixel's
-    replace(last, flow=torch.full_like(last.flow, 0.5)).check_deterministic(kernels)
-    case = Warp.random((1, 8, 6, 7))
-    spoilt = torch.full_like(case.grad_output, math.nan)
-    spoilt[:, :, 2, 3] = 1.0
-    case = replace(case, grad_output=spoilt, flow=torch.zeros_like(case.flow))
-    assert_same(case.deterministic_grad_input(kernels), spoilt)
-    Warp.random((0, 4, 5, 6)).deterministic_grad_input(kernels)

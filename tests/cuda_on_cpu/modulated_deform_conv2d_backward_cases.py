@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from cuda_on_cpu.deform_align_cases import AlignCase, check_align_backward
-from cuda_on_cpu.emulator import ORDERS, Kernels
+from cuda_on_cpu.emulator import ORDERS, Check, Kernels
 from cuda_on_cpu.modulated_deform_conv2d_cases import (
     Case,
     arguments_of,
     backward,
     check_backward,
+    check_failing_launches,
     random_grad,
     workspace_sizes,
 )
@@ -146,8 +148,7 @@ def check_infinite_gradient(kernels: Kernels, dtype: torch.dtype) -> None:
     assert_same(first.isinf(), expected.isinf())
 
 
-def check_each_gradient_alone(kernels: Kernels) -> None:
-    case = BACKWARD_CASES["1 vector, 3x3, 64 outputs, 2 images"]
+def check_each_gradient_alone(kernels: Kernels, case: Case) -> None:
     tensors = case.tensors(torch.float16)
     grad_output = random_grad(case, tensors)
     every = backward(kernels, case, tensors, grad_output)
@@ -219,20 +220,32 @@ def check_not_for_tensor_cores(kernels: Kernels) -> None:
     assert not on_tensor_cores(kernels, case, tensors, same)
 
 
-def probe(kernels: Kernels) -> None:
-    """A short run, in fp16 where one type is enough."""
-    half = torch.float16
-    check_not_for_tensor_cores(kernels)
-    check_slices(kernels)
-    check_each_gradient_alone(kernels)
-    check_infinite_gradient(kernels, half)
-    check_infinite_sample(kernels)
-    check_wild_offsets(kernels, torch.bfloat16, False)
-    check_wild_offsets(kernels, half, True)
+def probe() -> list[Check]:
+    """In fp16 where one type is enough."""
+    half, random = torch.float16, ("random",)
+    checks: list[Check] = [
+        check_not_for_tensor_cores,
+        check_slices,
+        partial(check_each_gradient_alone, case=BACKWARD_CASES["half offsets, float mask"]),
+        partial(check_infinite_gradient, dtype=half),
+        check_infinite_sample,
+        partial(
+            check_failing_launches,
+            case=BACKWARD_CASES["1 vector per group, 8 outputs, 2 pixels"],
+            dtype=half,
+        ),
+        partial(check_wild_offsets, dtype=torch.bfloat16, deterministic=False),
+        partial(check_wild_offsets, dtype=half, deterministic=True),
+    ]
+    backwards = partial(partial, check_backward, dtype=half)
     for name in ("3 vectors, 72 outputs, 129 pixels", "half offsets, float mask"):
-        check_backward(kernels, BACKWARD_CASES[name], half, ("random",))
-        check_backward(kernels, BACKWARD_CASES[name], half, ORDERS[:2], deterministic=True)
+        case = BACKWARD_CASES[name]
+        checks += [
+            backwards(case=case, orders=random),
+            backwards(case=case, orders=ORDERS[:2], deterministic=True),
+        ]
     for name in ("6 vectors, 136 outputs", "3 ranges of pixels, the middle one in both images"):
-        check_backward(kernels, BACKWARD_CASES[name], half, ("random",))
+        checks.append(backwards(case=BACKWARD_CASES[name], orders=random))
     for align_case in BACKWARD_ALIGN_CASES.values():
-        check_align_backward(kernels, align_case, half, ("random",))
+        checks.append(partial(check_align_backward, case=align_case, dtype=half, orders=random))
+    return checks

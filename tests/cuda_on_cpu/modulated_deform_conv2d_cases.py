@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from cuda_on_cpu.emulator import ORDERS, Kernels
+from cuda_on_cpu.emulator import ORDERS, Check, Kernels
 from oracles import deform_conv2d_loop, deform_conv2d_torch
 from tolerances import assert_as_accurate, assert_rounding_only, assert_same
 from torch import Tensor
@@ -403,13 +404,24 @@ def check_wild_weight(kernels: Kernels, wild: float) -> None:
     assert_rounding_only(actual[known], expected[known], 64)
 
 
+def check_infinite_weight(kernels: Kernels) -> None:
+    """Threads past the last pixel, whose gradient is 0, meet it as well, and add no NaN."""
+    case = Case(1, 1, 1, (3, 3), (1, 1), padding=(0, 0), reach=0.4)
+    tensors = case.tensors(torch.float32)
+    tensors[3] = torch.full_like(tensors[3], math.inf)
+    grad_output = random_grad(case, tensors).abs() + 1
+    grad = backward(kernels, case, tensors, grad_output, ("input",))["input"]
+    assert grad.isinf().any() and not grad.isnan().any()
+
+
 def check_fixed_point_scale(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
     """A power of two near scale, on grad_output or on the weight, scales grad_input to the bit."""
     case = CASES["17 to 65 channels"]
     tensors = case.tensors(dtype)
     factor = 2.0 ** round(math.log2(scale))
     grad_output = random_grad(case, tensors)
-    grad_output[..., 0] = 0  # says nothing about the scale
+    grad_output[..., 0] = 0  # neither says anything about the scale
+    grad_output[0, 0, -1, -1] = math.inf
     small = [*tensors[:3], tensors[3] * factor, tensors[4]]
     options: dict[str, Any] = {"wanted": ("input",), "deterministic": True}
     plain = backward(kernels, case, tensors, grad_output, **options)["input"]
@@ -417,20 +429,40 @@ def check_fixed_point_scale(kernels: Kernels, dtype: torch.dtype, scale: float) 
         assert_same(backward(kernels, case, *calls, **options)["input"], plain * factor)
 
 
-def probe(kernels: Kernels) -> None:
-    """A short run of the generic kernels, in fp32 and fp16."""
+def check_failing_launches(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    """Forward and both backwards end with a launch that fails, whichever it is."""
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case, tensors)
+    kernels.check_failing_launches(lambda: forward(kernels, case, tensors))
+    backwards = partial(backward, kernels, case, tensors, grad_output)
+    kernels.check_failing_launches(backwards)
+    kernels.check_failing_launches(partial(backwards, deterministic=True))
+
+
+def probe() -> list[Check]:
+    """The generic kernels, in fp32 and fp16."""
     single, half = torch.float32, torch.float16
-    check_fixed_point_scale(kernels, single, 1e-20)
-    check_far_offsets(kernels, single, math.inf, False)
-    check_nan_offset(kernels, single, 0, True)
-    check_empty(kernels, True)
-    check_wild_weight(kernels, math.inf)
-    for wanted in ("input", "weight", "bias"):
-        check_gradient_alone(kernels, wanted)
+    checks: list[Check] = [
+        partial(check_fixed_point_scale, dtype=single, scale=1e-20),
+        partial(check_far_offsets, dtype=single, far=math.inf, deterministic=False),
+        partial(check_nan_offset, dtype=single, axis=0, deterministic=True),
+        partial(check_empty, deterministic=True),
+        partial(check_failing_launches, case=CASES["one pixel"], dtype=single),
+        partial(check_wild_weight, wild=math.inf),
+        check_infinite_weight,
+        *(partial(check_gradient_alone, wanted=wanted) for wanted in ("input", "weight", "bias")),
+    ]
     for name in ("offset groups straddle 3 groups", "no mask", "17 to 65 channels", "65 pixels"):
-        check_forward(kernels, CASES[name], single, ("random",))
+        checks.append(partial(check_forward, case=CASES[name], dtype=single, orders=("random",)))
+    backwards = partial(partial, check_backward)
     for name in ("17 to 65 channels", "65 pixels"):
-        check_backward(kernels, CASES[name], single, ("random",))
-        check_backward(kernels, CASES[name], single, ORDERS[:2], deterministic=True)
+        case = CASES[name]
+        checks += [
+            backwards(case=case, dtype=single, orders=("random",)),
+            backwards(case=case, dtype=single, orders=ORDERS[:2], deterministic=True),
+        ]
     for name in ("offset groups straddle 3 groups", "half offsets, float mask", "no mask"):
-        check_backward(kernels, CASES[name], half, ("random",), deterministic=True)
+        checks.append(
+            backwards(case=CASES[name], dtype=half, orders=("random",), deterministic=True)
+        )
+    return checks

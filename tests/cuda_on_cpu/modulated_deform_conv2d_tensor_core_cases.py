@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from cuda_on_cpu.emulator import Kernels
+from cuda_on_cpu.emulator import Check, Kernels
 from cuda_on_cpu.modulated_deform_conv2d_cases import (
     Case,
     check_forward,
@@ -147,7 +148,14 @@ NOT_FOR_TENSOR_CORES: tuple[dict[str, Any], ...] = (
     {"channels_last": False},
     {"size": (0, 3), "padding": (2, 1)},
     {"size": (3, 0), "padding": (1, 2)},
-    {"batch": 65536, "kernel": (1, 1), "padding": (0, 0), "size": (1, 2)},
+    {
+        "batch": 65536,
+        "channels": 32,
+        "offset_groups": 4,
+        "kernel": (1, 1),
+        "padding": (0, 0),
+        "size": (1, 2),
+    },
     {"stride": (1 << 20, 1), "padding": (1 << 21, 1)},
     {"stride": (1, 1 << 20), "padding": (1, 1 << 21)},
 )
@@ -179,19 +187,27 @@ def check_strides_for_tensor_cores(kernels: Kernels) -> None:
         assert (size > 0) == taken, strides
 
 
-def probe(kernels: Kernels) -> None:
-    """A short run, in fp16 where one type is enough."""
-    for change in NOT_FOR_TENSOR_CORES:
-        check_not_for_tensor_cores(kernels, change)
-    check_slices_on_tensor_cores(kernels)
-    check_strides_for_tensor_cores(kernels)
-    for dtype, offset_groups in ((torch.float16, 8), (torch.bfloat16, 16), (torch.float32, 16)):
-        check_wild_offsets_on_tensor_cores(kernels, dtype, offset_groups)
-    for name in (
-        "4 steps, 72 outputs, 129 pixels",
-        "kernel 3x2, stride 2x1, dilation 1x2, 12 steps",
-        "offset groups of 12 channels, 12 steps, no mask",
-    ):
-        check_forward(kernels, TENSOR_CORE_CASES[name], torch.float16, ("random",))
-    check_forward(kernels, TENSOR_CORE_CASES[name], torch.float32, ("random",))
-    check_tf32(kernels, TENSOR_CORE_CASES["4 steps, 72 outputs, 129 pixels"])
+def probe() -> list[Check]:
+    """Also the generic kernels, where these do not take a case; in fp16 where one type is enough."""
+    single, half, brain = torch.float32, torch.float16, torch.bfloat16
+    cases = TENSOR_CORE_CASES
+    wild = check_wild_offsets_on_tensor_cores
+    return [
+        *(partial(check_not_for_tensor_cores, change=change) for change in NOT_FOR_TENSOR_CORES),
+        check_slices_on_tensor_cores,
+        check_strides_for_tensor_cores,
+        *(
+            partial(wild, dtype=dtype, offset_groups=groups)
+            for dtype, groups in ((half, 8), (brain, 16), (single, 16))
+        ),
+        *(
+            partial(check_forward, case=cases[name], dtype=dtype, orders=("random",))
+            for name, dtype in (
+                ("4 steps, 72 outputs, 129 pixels", half),
+                ("kernel 3x2, stride 2x1, dilation 1x2, 12 steps", half),
+                ("offset groups of 12 channels, 12 steps, no mask", half),
+                ("offset groups of 12 channels, 12 steps, no mask", single),
+            )
+        ),
+        partial(check_tf32, case=cases["4 steps, 72 outputs, 129 pixels"]),
+    ]

@@ -1,44 +1,56 @@
 """Finds what a kernel could lose without the compiler noticing: barriers, waits and conditions.
 
-Every one that a kernel file has is found here by itself, none is listed by hand: a barrier is removed, and a
-condition, or one conjunct of it, is taken for granted. (`if (x) return;` then loses the early return.)
+Every one that a file has is found here by itself, none is listed by hand. A barrier is left out; a condition, or one
+conjunct of it, is taken for granted; a check after which code returns or goes on to the next item is dropped.
+
+with_switches() writes the file so that each of them can be lost at run time: one build serves all mutants.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STATEMENT = re.compile(r"(?:__sync(?:threads|warp)|cp_async_(?:wait|commit))[\w<>]*\([^()]*\);")
+STATEMENT = re.compile(
+    r"(?:__sync(?:threads|warp)|cp_async_(?:wait|commit))(?:<[^<>]*>)?\([^()]*\);"
+)
 CONDITION = re.compile(r"\b(?:if|while) (?=\()")
 AND = re.compile(r"\s&&\s")
+OR = re.compile(r"\s\|\|\s")
+CHOICE = re.compile(r"\s\?\s")
 BOUNDARY = re.compile(
-    r";|\?|\s:\s|&&|\|\||\breturn\b|\s=\s|\{"
-)  # around an operand of &&, outside of brackets
-# What guards a value: a comparison or a flag, but no constant.
-CHOICE = re.compile(r"(?<![\w.:\])])((?:[\w.\[\]]+ (?:[<>]=?|[!=]=) )?(?!k[A-Z])[\w.]+) \? ")
-RETURN = re.compile(r"\s*return\b[^;]*;")
+    r";|\?|\s:\s|&&|\|\||\breturn\b|\s[-+*/%&|^]?=\s|\{|,\s"
+)  # around an operand, outside of brackets
+SKIP = re.compile(r"\s*(?:return\b[^;]*|continue|break);")
+# What the compiler decides: there is nothing to lose at run time.
+CONSTANT = re.compile(r"\bif constexpr \(|\bconstexpr\b[^;{]*[;{]|\bstatic_assert\(")
+CONSTANT_OPERAND = re.compile(r"!?k[A-Z]\w*|I [!=]= Interpolation::\w+")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A file with text[start:end] replaced."""
+    """text[start:end] of a file, which is left out, or counts as `value`."""
 
     file: str  # relative to csrc
     start: int
     end: int
-    replacement: str
+    value: bool | None  # None: a statement
     line: int
     removed: str
 
-    def apply(self, csrc: Path) -> None:
-        path = csrc / self.file
-        text = path.read_text()
-        path.write_text(text[: self.start] + self.replacement + text[self.end :])
-
     def __str__(self) -> str:
         return f"{self.file}:{self.line} without {self.removed}"
+
+    def switch(self, number: int) -> tuple[str, str]:
+        """What goes before and after the text, so that it is lost while mutant_is(number)."""
+        lost, seen = f"::cuemu::mutant_is({number})", f"::cuemu::sees({number}, "
+        if self.value is None:
+            return f"{{ if (!{lost} && {seen}true, false)) ", " }"
+        if self.value:
+            return f"({lost} || {seen}(", "), true))"
+        return f"(!{lost} && {seen}(", "), false))"
 
 
 def without_comments(text: str) -> str:
@@ -85,29 +97,73 @@ def stripped(text: str, start: int, end: int) -> tuple[int, int]:
     return start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
 
 
+def disjuncts(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The operands of || that text[start:end] is made of; all of it where it has none."""
+    depth = 0
+    first = start
+    for i in range(start, end):
+        depth += (text[i] in "([") - (text[i] in ")]")
+        if depth == 0 and (m := OR.match(text, i)):
+            yield stripped(text, first, i)
+            first = m.end()
+    yield stripped(text, first, end)
+
+
+def constant_spans(text: str) -> list[tuple[int, int]]:
+    return [
+        (m.start(), closing(text, m.end() - 1) if m[0].endswith("(") else m.end())
+        for m in CONSTANT.finditer(text)
+    ]
+
+
 def find(csrc: Path, file: str) -> list[Mutant]:
     """All mutants of one file, in order."""
-    original = (csrc / file).read_text()
-    text = without_comments(original)
-    found: dict[tuple[int, int], str] = {}
-    for m in STATEMENT.finditer(text):
-        found[m.start(), m.end()] = ";"
+    text = without_comments((csrc / file).read_text())
+    found: dict[tuple[int, int], bool | None] = {}
     for m in CHOICE.finditer(text):
-        found[m.start(1), m.end(1)] = "true"
+        found[stripped(text, operand_before(text, m.start()), m.start())] = True
     for m in CONDITION.finditer(text):
         end = closing(text, m.end())
-        if not AND.search(text, m.end(), end):
-            skips = RETURN.match(text, end + 1) is not None
-            found[m.end() + 1, end] = "false" if skips else "true"
+        if AND.search(text, m.end(), end):
+            continue
+        if SKIP.match(text, end + 1):
+            found |= dict.fromkeys(disjuncts(text, m.end() + 1, end), False)
+        else:
+            found[m.end() + 1, end] = True
     for m in AND.finditer(text):
-        found[stripped(text, operand_before(text, m.start()), m.start())] = "true"
-        found[stripped(text, m.end(), operand_after(text, m.end()))] = "true"
+        found[stripped(text, operand_before(text, m.start()), m.start())] = True
+        found[stripped(text, m.end(), operand_after(text, m.end()))] = True
+    for m in STATEMENT.finditer(text):
+        found[m.start(), m.end()] = None
+    constant = constant_spans(text)
     return [
         Mutant(
-            file, start, end, new, text.count("\n", 0, start) + 1, " ".join(text[start:end].split())
+            file,
+            start,
+            end,
+            value,
+            text.count("\n", 0, start) + 1,
+            " ".join(text[start:end].split()),
         )
-        for (start, end), new in sorted(found.items())
+        for (start, end), value in sorted(found.items())
+        if not any(first <= start < last for first, last in constant)
+        and not CONSTANT_OPERAND.fullmatch(text, start, end)
     ]
+
+
+def with_switches(text: str, numbered: Sequence[tuple[int, Mutant]]) -> str:
+    """The text in which each mutant is lost while mutant_is() its number; they may lie in each other."""
+    pieces: list[tuple[int, int, int, str]] = []  # place, order there, text
+    for number, mutant in numbered:
+        before, after = mutant.switch(number)
+        length = mutant.end - mutant.start
+        pieces.append((mutant.start, 1, -length, before))  # what encloses opens first
+        pieces.append((mutant.end, 0, length, after))  # and closes last
+    result, last = [], 0
+    for place, _, _, piece in sorted(pieces):
+        result += [text[last:place], piece]
+        last = place
+    return "".join(['#include "switches.h"\n', *result, text[last:]])
 
 
 def kernel_files(csrc: Path, folder: str) -> list[str]:

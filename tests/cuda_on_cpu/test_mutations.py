@@ -1,25 +1,23 @@
 """No barrier and no condition of a kernel is idle: without it, a test of the op must fail.
 
-What can be lost is found in the sources (mutants.py), so a new barrier or bound check is tried as well. An op brings
-its probe, a short run of its checks; what to leave out of the copies to compile fast; and the few conditions that
-change no result, with the reason.
-
-``make mutations`` tries all of them, a quarter of an hour; ``make test`` some that are spread over all files.
+What can be lost is found in the sources (mutants.py), so a new barrier or bound check is tried as well. The kernels of
+an op are built once, checked, with a switch at each such place. The op brings <op>_probe.py: probe(), a list of short
+checks, and IDLE, the few conditions that change no result: (file, condition) -> why.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, cast
 
+import numpy as np
 import pytest
-from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_probe
-from cuda_on_cpu.build import CSRC, build
-from cuda_on_cpu.emulator import Kernels, needs_emulator, op_library
-from cuda_on_cpu.mutants import Mutant, find, kernel_files
+from cuda_on_cpu.build import CSRC, Library, build
+from cuda_on_cpu.emulator import Check, Kernels, needs_emulator, op_library
+from cuda_on_cpu.mutants import Mutant, find, kernel_files, with_switches
 from cuda_on_cpu.trial import which_are_noticed
 
 pytestmark = [needs_emulator, pytest.mark.slow]
@@ -34,213 +32,157 @@ def case_of(name: str) -> str:
     return f"    case Interpolation::{name}:\n      return body({constant});\n"
 
 
-# file -> cases that the probes do without: a mutant then compiles in a third of the time
+# file -> cases that the probes do without: an op then compiles in half of the time
 LEFT_OUT = {
     "common/dtype.h": ("kFloat64", "kBFloat16"),
     "common/sampler.h": ("kNearest", "kBicubic"),
 }
+OPS = sorted({path.parent.name for path in CSRC.glob("*/*.cu")})
 
 
-MOST_MUTANTS = 24  # of an op in a run of all tests
+class ProbeModule(Protocol):
+    """<op>_probe.py."""
 
+    IDLE: Mapping[tuple[str, str], str]
 
-@dataclass(frozen=True)
-class Op:
-    """How a folder of csrc is tried."""
-
-    probe: Callable[[Kernels], None]
-    # (file, what is removed) -> why no result changes
-    idle: dict[tuple[str, str], str] = field(default_factory=dict)
-
-
-_NO_FAILURE = "no launch fails here"
-_LARGE = "images of this size are too large for a test"
-DENSE = "output is allocated densely: channels last and aligned wherever input is"
-_POSITION = "saves a position that is there already"
-DEFORM_IDLE = {
-    **{
-        (f"{file}.cu", "status != 0"): _NO_FAILURE
-        for file in (
-            "backward",
-            "backward_weight",
-            "backward_fixed_point",
-            "forward_tensor_core",
-            "backward_tensor_core",
-            "backward_weight_tensor_core",
-        )
-    },
-    **{
-        (f"{file}.cu", "offset_group != sampled_group"): _POSITION
-        for file in ("forward", "backward_weight")
-    },
-    (
-        "backward.cu",
-        "p.grad_input != nullptr || p.grad_offset != nullptr || p.grad_mask != nullptr || "
-        "p.flow_partials != nullptr",
-    ): "saves gradients that nobody wants",
-    ("backward_fixed_point.cu", "threadIdx.x == 0"): "saves maxima of the same number",
-    ("backward_fixed_point.cu", "channels_last"): "the order in which a maximum is taken",
-    ("forward_tensor_core.cu", "has_bfloat16_tensor_cores()"): "the emulator has them",
-    ("forward_tensor_core.cu", "p.output_stride[1] == 1"): DENSE,
-    ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
-    **{
-        ("tensor_core.cuh", limit): _LARGE
-        for limit in (
-            "coordinates_fit",
-            "fits(2 * planes, pixels, offset[1], offset[2], p.offset_dtype)",
-            "fits(planes, pixels, mask[1], mask[2], p.mask_dtype)",
-            *(
-                f"fits(2, pixels, p.raw.flow_stride[{i}][2], p.raw.flow_stride[{i}][1], p.raw.flow_dtype)"
-                for i in (0, 1)
-            ),
-            "fits(p.height, columns, p.input_stride[2], 1, p.dtype)",
-            "pixels <= kMostPixels",
-            "p.height <= kMostPositions",
-            "p.width <= kMostPositions",
-        )
-    },
-    **{
-        ("tensor_core.cuh", some): "the strides of an empty array are 0 here"
-        for some in ("p.height > 0", "p.width > 0", "p.batch * p.pixels() > 0")
-    },
-    (
-        "tensor_core.cuh",
-        "p.out_channels % kLaneChannels == 0",
-    ): "else neither a dense output nor grad_output is aligned",
-    ("backward_tensor_core.cu", "is_grad_small"): _LARGE,
-    ("backward_tensor_core.cu", "status == 0"): _NO_FAILURE,
-    ("backward_weight_tensor_core.cu", "sums_bias"): "saves sums that nobody stores",
-    (
-        "forward_tensor_core.cu",
-        "is_aligned(p.output, p.output_stride[0], p.output_stride[2])",
-    ): DENSE,
-}
-
-OPS = {
-    "flow_warp": Op(
-        flow_warp_cases.probe,
-        idle={
-            ("backward.cu", "p.grad_flow != nullptr"): "saves the dot products that nobody wants",
-            (
-                "backward.cu",
-                "I != Interpolation::kNearest",
-            ): "saves dot products with slopes of zero",
-            (
-                "backward_deterministic.cu",
-                "row >= 0",
-            ): "row -1 gives a number below those of all pixels",
-            **{
-                (file, "p.channels_last"): "planes have a pixel stride of 1, never aligned"
-                for file in ("forward.cu", "backward.cu", "backward_deterministic.cu")
-            },
-            (
-                "footprint.cuh",
-                "p.channels % kVector<T> == 0",
-            ): "output and grad_input are dense: other channels give them strides that are not aligned",
-            **{
-                (file, f"is_aligned<T>(p, p.{name}, p.{name}_stride)"): DENSE
-                for file, name in (
-                    ("forward.cu", "output"),
-                    ("backward.cu", "grad_input"),
-                    ("backward_deterministic.cu", "grad_input"),
-                )
-            },
-        },
-    ),
-    "modulated_deform_conv2d": Op(
-        modulated_deform_conv2d_probe.probe,
-        idle=DEFORM_IDLE,
-    ),
-}
-
-
-def folders() -> list[str]:
-    return sorted({path.parent.name for path in CSRC.glob("*/*.cu")})
+    @staticmethod
+    def probe() -> Sequence[Check]: ...
 
 
 def mutants_of(op: str) -> list[Mutant]:
     return [mutant for file in kernel_files(CSRC, op) for mutant in find(CSRC, file)]
 
 
-def tried(mutants: list[Mutant]) -> list[Mutant]:
-    """All of them, or every n-th."""
-    if os.environ.get("MAFNET_MUTANTS") == "all":
-        return mutants
-    return mutants[:: -(-len(mutants) // MOST_MUTANTS)]
-
-
 def key(mutant: Mutant) -> tuple[str, str]:
     return Path(mutant.file).name, mutant.removed
 
 
-def changed_copy(target: Path, op: str, mutant: Mutant | None) -> Path:
-    """csrc/common and csrc/<op>, without what LEFT_OUT says, and with the mutation."""
+def write_switches(folder: Path, mutants: Sequence[Mutant]) -> None:
+    """Changes the files of the mutants in a copy of their folder; they are numbered as they come."""
+    for file in sorted({mutant.file for mutant in mutants}):
+        numbered = [(number, m) for number, m in enumerate(mutants) if m.file == file]
+        path = folder / file
+        path.write_text(with_switches(path.read_text(), numbered))
+
+
+def switched_copy(target: Path, op: str, mutants: Sequence[Mutant]) -> Path:
+    """csrc/common and csrc/<op>, without what LEFT_OUT says, and with a switch for every mutant."""
     for folder in ("common", op):
         shutil.copytree(CSRC / folder, target / folder)
+    write_switches(target, mutants)
     for file, names in LEFT_OUT.items():
         text = (target / file).read_text()
         for name in names:
             assert case_of(name) in text, f"{file} has no case {name} of this form any more"
             text = text.replace(case_of(name), "")
         (target / file).write_text(text)
-    if mutant is not None:
-        mutant.apply(target)
     return target
-
-
-def test_every_op_with_kernels_is_tried() -> None:
-    assert sorted(OPS) == folders()
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_each_barrier_and_condition_is_needed(op: str, tmp_path: Path) -> None:
+    tried = cast(ProbeModule, importlib.import_module(f"cuda_on_cpu.{op}_probe"))
     mutants = mutants_of(op)
     assert mutants
-    idle = OPS[op].idle
-    gone = set(idle) - {key(mutant) for mutant in mutants}
+    gone = set(tried.IDLE) - {key(mutant) for mutant in mutants}
     assert not gone, f"listed as idle, but no longer there: {gone}"
-    mutants = tried(mutants)
-    copies = [changed_copy(tmp_path / str(i), op, m) for i, m in enumerate([None, *mutants])]
-    libraries = build([op_library(op, True, csrc) for csrc in copies])
-    original, *noticed = which_are_noticed(OPS[op].probe, libraries)
-    assert not original, "the probe fails on the sources as they stand"
+    library = build([op_library(op, True, switched_copy(tmp_path, op, mutants))])[0]
+    noticed = which_are_noticed(tried.probe, library, len(mutants))
     wrong = []
     for mutant, seen in zip(mutants, noticed):
-        if seen == (key(mutant) in idle):
-            what = "is listed as idle, but missed" if key(mutant) in idle else "is not missed"
+        if seen == (key(mutant) in tried.IDLE):
+            what = "is listed as idle, but missed" if seen else "is not missed"
             wrong.append(f"{mutant} {what}")
     assert not wrong, "\n".join(wrong)
 
 
+# ------------------------------------------------------------------------------ what the trial can see
+
+KERNEL = """#include "binding.h"
+#include "common/prims.cuh"
+
+__global__ void add_neighbours(const float* input, float* output, int n) {
+  SHARED(float, tile, [65]);
+  const int i = threadIdx.x;
+  tile[i] = i < n ? input[i] : 0;
+  if (i == 0) tile[64] = 0;
+  __syncthreads();
+  if (i >= n || i >= 64) return;
+  output[i] = tile[i] + ((i + 1 < 64 && n > 0) ? tile[i + 1] : 0);
+}
+
+CUEMU_ENTRY(neighbours) {
+  const auto input = arguments.in("input"), output = arguments.out("output");
+  if (input.shape[0] == 0) return 0;
+  const int n = static_cast<int>(input.shape[0]);
+  return mafnet::launch(add_neighbours, dim3(n / 50), dim3(64), 0, nullptr,
+                        static_cast<const float*>(input.data), static_cast<float*>(output.data), n);
+}
+"""
+
+
+def check_neighbours(kernels: Kernels) -> None:
+    for size in (0, 50):
+        numbers, output = np.arange(size, dtype=np.float32), np.zeros(size, np.float32)
+        kernels.run("neighbours", input=numbers, output=output).raise_if_any()
+        assert np.array_equal(output, numbers + np.append(numbers[1:], 0)[:size])
+
+
+def neighbours_probe() -> list[Check]:
+    return [check_neighbours]
+
+
+def test_what_is_idle_is_not_missed(tmp_path: Path) -> None:
+    """Of mutants in each other, each is tried alone; barriers count, and so does what the host decides."""
+    shutil.copytree(CSRC / "common", tmp_path / "common")
+    (tmp_path / "k.cu").write_text(KERNEL)
+    mutants = find(tmp_path, "k.cu")
+    write_switches(tmp_path, mutants)
+    library = build([Library((tmp_path / "k.cu",), checked=True, csrc=tmp_path)])[0]
+    noticed = which_are_noticed(neighbours_probe, library, len(mutants))
+    assert [(mutant.removed, seen) for mutant, seen in zip(mutants, noticed)] == [
+        ("i < n", True),
+        ("i == 0", True),  # two threads write the same
+        ("__syncthreads();", True),
+        ("i >= n", True),
+        ("i >= 64", False),  # no such thread
+        ("(i + 1 < 64 && n > 0)", False),  # both are idle
+        ("i + 1 < 64", False),  # all tiles have one more
+        ("n > 0", False),  # or this would not run
+        ("input.shape[0] == 0", True),  # a grid of no block
+    ]
+
+
 def test_finding_mutants(tmp_path: Path) -> None:
-    """Barriers, waits, conditions, conjuncts and guarded values are found; comments are not."""
+    """Barriers, waits, conditions and their operands are found; comments and constants are not."""
     (tmp_path / "k.cu").write_text(
         "if (i >= n) return;  // if (x) __syncthreads();\n"
         "__syncthreads();\n"
-        "cp_async_wait<1>();\n"
+        "cp_async_wait<kStages - 2>();\n"
         "const bool used = a >= 0 && f(b, c) < 3;\n"
         "for (int c = 0; active && c < n; ++c) {}\n"
         "x = used ? y[i] : 0;\n"
-        "if constexpr (kFlag) return;\n"
+        "if constexpr (kFlag && kOther) return;\n"
         "constexpr int n = kFlag ? 1 : mode == Mode::kSlow ? 2 : 3;\n"
         "__syncwarp(mask);\n"
-        "x = i < p.size ? y[i] : 0;\n"
+        "f(x, is_inside(i, n) ? y[i] : 0);\n"
         "if (p != nullptr) *p = 1;\n"
+        "if (!active[q] || (i & 3) != 0) continue;\n"
+        "x *= kRaw ? 1 : 2;\n"
     )
-    found = [(m.line, m.removed, m.replacement) for m in find(tmp_path, "k.cu")]
+    found = [(m.line, m.removed, m.value) for m in find(tmp_path, "k.cu")]
     assert found == [
-        (1, "i >= n", "false"),
-        (2, "__syncthreads();", ";"),
-        (3, "cp_async_wait<1>();", ";"),
-        (4, "a >= 0", "true"),
-        (4, "f(b, c) < 3", "true"),
-        (5, "active", "true"),
-        (5, "c < n", "true"),
-        (6, "used", "true"),
-        (9, "__syncwarp(mask);", ";"),
-        (10, "i < p.size", "true"),
-        (11, "p != nullptr", "true"),
+        (1, "i >= n", False),
+        (2, "__syncthreads();", None),
+        (3, "cp_async_wait<kStages - 2>();", None),
+        (4, "a >= 0", True),
+        (4, "f(b, c) < 3", True),
+        (5, "active", True),
+        (5, "c < n", True),
+        (6, "used", True),
+        (9, "__syncwarp(mask);", None),
+        (10, "is_inside(i, n)", True),
+        (11, "p != nullptr", True),
+        (12, "!active[q]", False),
+        (12, "(i & 3) != 0", False),
     ]
-    first = find(tmp_path, "k.cu")[0]
-    first.apply(tmp_path)
-    assert (tmp_path / "k.cu").read_text().startswith("if (false) return;  // if (x)")

@@ -24,10 +24,12 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     backward,
     check_backward,
     check_empty,
+    check_failing_launches,
     check_far_offsets,
     check_fixed_point_scale,
     check_forward,
     check_gradient_alone,
+    check_infinite_weight,
     check_nan_offset,
     check_wild_weight,
     forward,
@@ -267,6 +269,15 @@ def test_not_for_tensor_cores(kernels: Kernels, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("wild", [math.inf, math.nan])
 def test_infinite_weight_in_fixed_point(kernels: Kernels, wild: float) -> None:
     check_wild_weight(kernels, wild)
+
+
+def test_infinite_weight_beside_the_last_pixel(kernels: Kernels) -> None:
+    check_infinite_weight(kernels)
+
+
+def test_a_launch_that_fails_ends_the_call(kernels: Kernels) -> None:
+    check_failing_launches(kernels, CASES["one pixel"], torch.float32)
+    check_failing_launches(kernels, TENSOR_CORE_CASES["1 step, 8 outputs, 2 pixels"], torch.float16)
 
 
 @pytest.mark.parametrize("wanted", GRADS)

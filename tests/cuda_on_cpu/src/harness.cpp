@@ -4,6 +4,7 @@
 
 #include "binding.h"
 #include "checker.h"
+#include "switches.h"
 
 namespace py = pybind11;
 
@@ -27,13 +28,14 @@ HostArray host_array(const std::string& name, const py::array& array) {
   return result;
 }
 
-void configure(const std::string& order, uint64_t seed, double timeout, size_t shared_limit) {
+void configure(const std::string& order, uint64_t seed, double timeout, size_t shared_limit,
+               int failing_launch, int mutant) {
   const std::map<std::string, Order> orders{
       {"forward", Order::kForward}, {"reverse", Order::kReverse}, {"random", Order::kRandom}};
-  config() = Config{orders.at(order), seed, timeout, shared_limit};
+  config() = Config{orders.at(order), seed, timeout, shared_limit, failing_launch, mutant};
 }
 
-// (status, [(kind, text), ...])
+// (status, [(kind, text), ...], number of launches)
 py::tuple run(const std::string& entry, const std::map<std::string, py::array>& arrays,
               const std::map<std::string, double>& numbers) {
   const auto found = entries().find(entry);
@@ -42,6 +44,7 @@ py::tuple run(const std::string& entry, const std::map<std::string, py::array>& 
   for (const auto& [name, array] : arrays) host_arrays.push_back(host_array(name, array));
   findings().clear();
   g_block.abandoned = false;
+  g_block.launches = 0;
   check_begin_call();
   Arguments arguments(std::move(host_arrays), numbers);
   int status = 0;
@@ -53,7 +56,7 @@ py::tuple run(const std::string& entry, const std::map<std::string, py::array>& 
   arguments.finish();
   py::list list;
   for (const Finding& finding : findings()) list.append(py::make_tuple(finding.kind, finding.text));
-  return py::make_tuple(status, list);
+  return py::make_tuple(status, list, g_block.launches);
 }
 
 std::vector<std::string> entry_names() {
@@ -67,8 +70,10 @@ std::vector<std::string> entry_names() {
 
 PYBIND11_MODULE(kernels, module) {
   module.def("configure", &cuemu::configure, py::kw_only(), py::arg("order"), py::arg("seed"),
-             py::arg("timeout"), py::arg("shared_limit"));
+             py::arg("timeout"), py::arg("shared_limit"), py::arg("failing_launch"),
+             py::arg("mutant"));
   module.def("run", &cuemu::run);
   module.def("entries", &cuemu::entry_names);
+  module.def("take_seen", &cuemu::take_seen);
   module.attr("is_checked") = cuemu::kIsChecked;
 }

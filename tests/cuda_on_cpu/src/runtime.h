@@ -23,8 +23,10 @@ enum class Order { kForward, kReverse, kRandom };
 struct Config {
   Order order = Order::kForward;    // of threads between barriers, and of blocks
   uint64_t seed = 0;                // for kRandom
-  double timeout = 60;              // seconds of wall clock for one launch
+  double timeout = 60;              // seconds of its thread for one launch
   size_t shared_limit = 227 << 10;  // bytes of shared memory of a block, that of sm_90
+  int failing_launch = -1;          // which launch of a call fails; -1: none
+  int mutant = -1;                  // what the kernels lose, see mutants.py; -1: nothing
 };
 Config& config();
 
@@ -85,6 +87,7 @@ struct Block {
   void* context;
   void* host_stack_pointer;
   bool abandoned;
+  int launches;  // so far, of this call
   std::mt19937_64 random;
   std::vector<SharedArray> shared_arrays;
   size_t shared_used;  // of the arena

@@ -256,6 +256,7 @@ void warp_operation(uint32_t mask, void* operand, WarpOperation operation, Place
 }
 
 int launch_grid(void (*body)(void*), void* context, dim3 grid, dim3 block, size_t shared_bytes) {
+  if (g_block.launches++ == config().failing_launch) return cudaErrorLaunchFailure;
   if (g_block.abandoned) return cudaErrorLaunchFailure;  // by an earlier launch of the same call
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
