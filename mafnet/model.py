@@ -14,20 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mafnet_ops import PyramidSpatialAttention, SelfAttention, flow_warp
+from mafnet_ops import (
+    ChannelAttention,
+    ChannelStatistics,
+    PyramidSpatialAttention,
+    SelfAttention,
+    channel_statistics,
+    flow_warp,
+)
 
 from . import checkpoint
 from .config import PRESETS, ConfigError, ModelConfig
 from .layers import (
-    ChannelAttention,
-    ChannelStatistics,
     DeformableConvLSTM,
     FeatureExtractor,
     FeaturePyramidFlow,
     ResidualBlock,
     SpyNet,
     bicubic_upscale_x4,
-    channel_statistics,
     conv,
     lrelu,
 )

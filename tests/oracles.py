@@ -226,6 +226,19 @@ def pyramid_loop(
     return gate_loop(x, mask, weights["feature"], biases["feature"], scale, slope, mask_from)
 
 
+# ----------------------------------------------------------------------------------- channel attention
+
+
+def channel_attention_loop(x: Array, weights: list[Array], biases: list[Array]) -> Array:
+    """One image (C, H, W); the layers are 1 x 1 and in the order mean in, mean out, max in, max out."""
+    logits = np.zeros(x.shape[0])
+    pixels = [x[:, i, j] for i, j in np.ndindex(*x.shape[1:])]
+    for i, statistic in ((0, sum(pixels) / len(pixels)), (2, np.max(pixels, 0))):
+        hidden = np.maximum(weights[i][:, :, 0, 0] @ statistic + biases[i], 0)
+        logits += weights[i + 1][:, :, 0, 0] @ hidden + biases[i + 1]
+    return x * (1 / (1 + np.exp(-logits)))[:, None, None]
+
+
 # -------------------------------------------------------------------------------------- self-attention
 
 

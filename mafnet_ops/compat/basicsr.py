@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._checks import require
 from ..deform_align import deform_align
 from ..flow_warp import flow_warp as _flow_warp
-from ..pyramid_spatial_attention import pool_concat_conv, resize_add
+from ..pyramid_spatial_attention_parts import pool_concat_conv, resize_add
 from . import mmcv
 
 __all__ = [

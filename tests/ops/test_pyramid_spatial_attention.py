@@ -420,7 +420,9 @@ def test_compile_fullgraph_with_gradients(name: str) -> None:
 # ------------------------------------------------------------------------------ the compiled kernels
 
 
-NATIVE = "cpu" in importlib.import_module("mafnet_ops.pyramid_spatial_attention")._NATIVE_DEVICES
+NATIVE = (
+    "cpu" in importlib.import_module("mafnet_ops.pyramid_spatial_attention_kernels")._NATIVE_DEVICES
+)
 native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")
 
 
