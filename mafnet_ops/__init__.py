@@ -31,6 +31,7 @@ from .pyramid_spatial_attention_parts import (
     spatial_gate,
 )
 from .self_attention import SelfAttention, self_attention
+from .temporal_spatial_attention import TemporalSpatialAttention
 
 __all__ = [
     "ChannelAttention",
@@ -43,6 +44,7 @@ __all__ = [
     "PyramidSpatialAttention",
     "SecondOrderDeformAlign",
     "SelfAttention",
+    "TemporalSpatialAttention",
     "__version__",
     "channel_attention",
     "channel_statistics",

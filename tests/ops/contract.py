@@ -135,11 +135,17 @@ def _pyramid_baseline(input: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def _channel(batch: int, size: Size) -> list[Tensor]:
-    """Two layers each for mean and maximum, 4 -> 3 -> 4 channels; a kernel of 3 x 3 sees one pixel."""
+    """Two layers each for mean and maximum, 4 -> 3 -> 4 channels; a kernel of 3 x 3 sees one pixel.
+
+    The map goes with the gradient that the tests hand to the output: neither its mean nor the gradient of a gate,
+    both sums over all pixels, is a small difference of large sums, of which nothing could be told.
+    """
     shapes = ((3, 4, 1, 1), (4, 3, 3, 3), (3, 4, 1, 1), (4, 3, 1, 1))
     weights = [uniform(*shape, seed=i) for i, shape in enumerate(shapes)]
     biases = [uniform(shape[0], seed=5 + i) for i, shape in enumerate(shapes)]
-    return [uniform(batch, 4, *size, seed=99), *weights, *biases]
+    counting = torch.arange(batch * 4 * size[0] * size[1], dtype=torch.float64)
+    image = 1 + counting.mul(0.618).frac().mul(2).sub(1).view(batch, 4, *size) / 2
+    return [image + uniform(batch, 4, *size, reach=0.25, seed=99), *weights, *biases]
 
 
 def _channel_call(input: Tensor, *parameters: Tensor) -> Tensor:
@@ -288,7 +294,7 @@ CONTRACTS = (
         _channel_call,
         _channel_baseline,
         _channel,
-        terms=4 * 4,
+        terms=2 * 3 * 4,  # sums within sums: branches, hidden values, channels
         roundings=8,  # statistics, two layers, their sum, the gate, the product, and the gradients
         raw={
             "channel_statistics_forward": lambda tensors: (tensors[0],),
