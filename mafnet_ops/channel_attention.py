@@ -81,8 +81,11 @@ def channel_attention(
         for name, value in zip(("mean", "max"), statistics, strict=True):
             require_tensor(_OP, f"statistics[{name}]", value, 2)
             require_shape(_OP, f"statistics[{name}]", value, shape, "(N, C)")
-    layers = [_on_one_pixel(w, b) for w, b in zip(weights, biases, strict=True)]
-    mean, maximum = (value.to(input.dtype) for value in statistics)
+    compute = reference.coordinate_dtype(
+        input.dtype
+    )  # a few numbers: half precision would save nothing
+    layers = [_on_one_pixel(w, b, compute) for w, b in zip(weights, biases, strict=True)]
+    mean, maximum = (value.to(compute) for value in statistics)
     from_mean = F.linear(F.relu(F.linear(mean, *layers[0])), *layers[1])
     from_max = F.linear(F.relu(F.linear(maximum, *layers[2])), *layers[3])
     return _channel_scale(input, torch.sigmoid(from_mean + from_max))
@@ -104,18 +107,20 @@ def _require_layer(
     require(kernel % 2 == 1, _OP, argument, "an odd kernel size", kernel)
 
 
-def _on_one_pixel(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _on_one_pixel(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """The layer of a convolution that reads one pixel and zeros around it."""
     centre = weight.shape[-1] // 2
-    return weight[:, :, centre, centre], bias
+    return weight[:, :, centre, centre].to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _channel_scale(input: Tensor, gate: Tensor) -> Tensor:
-    """(N, C, H, W) times (N, C)."""
+    """(N, C, H, W) times (N, C), in the dtype of ``input``."""
+    gate = gate.to(input.dtype)
     if not _is_native(input):
         return reference.channel_scale(input, gate)
-    dtype = torch.promote_types(input.dtype, gate.dtype)
-    return _native.call("channel_scale", (input.to(dtype), gate.to(dtype)))
+    return _native.call("channel_scale", (input, gate))
 
 
 def _is_native(input: Tensor) -> bool:

@@ -218,8 +218,7 @@ def _resize_backward(
         grad_input = torch.ops.mafnet_ops.resize_add_backward(grad, height, width)
     else:
         grad_input = grad.new_empty((0, *input.shape[1:]))
-    # A result of its own: an op must not return its argument.
-    return grad_input, grad.clone() if needs[1] else grad.new_empty((0, *other.shape[1:]))
+    return grad_input, grad.new_empty((0, *other.shape[1:]))
 
 
 def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
@@ -245,12 +244,12 @@ _CONVOLUTIONS: dict[str, Any] = {
     "pool_concat_conv": reference.pool_concat_conv,
     "resize_conv": reference.resize_conv,
 }
-_PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...]], ...] = (
-    ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,)),
-    ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1)),
-    ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1)),
-    *((op, _convolution_backward(op), define, 3, (0,)) for op, define in _CONVOLUTIONS.items()),
+_PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...], tuple[int, ...]], ...] = (
+    ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,), ()),
+    ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1), (1,)),
+    ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1), ()),
+    *((op, _convolution_backward(op), define, 3, (0,), ()) for op, define in _CONVOLUTIONS.items()),
 )
-for _op, _backward, _reference, _count, _images in _PARTS:
+for _op, _backward, _reference, _count, _images, _added in _PARTS:
     _forward = getattr(torch.ops.mafnet_ops, f"{_op}_forward")
-    _native.OPS[_op] = _native.NativeOp(_forward, _backward, _reference, _count, _images)
+    _native.OPS[_op] = _native.NativeOp(_forward, _backward, _reference, _count, _images, _added)
