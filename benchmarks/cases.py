@@ -426,10 +426,55 @@ def pyramid_spatial_attention_cases(suite: Suite) -> Iterator[Case]:
             )
 
 
+# --------------------------------------------------------------------------------- channel_attention
+
+
+def channel_recipe(image: Tensor, *parameters: Tensor) -> Tensor:
+    """What people write: two poolings and four convolutions."""
+    pools = F.adaptive_avg_pool2d(image, 1), F.adaptive_max_pool2d(image, 1)
+    layers = list(zip(parameters[:4], parameters[4:]))
+    logits = [
+        F.conv2d(F.conv2d(pool, *layers[2 * i]).relu(), *layers[2 * i + 1])
+        for i, pool in enumerate(pools)
+    ]
+    return image * (logits[0] + logits[1]).sigmoid()
+
+
+def channel_attention_cases(suite: Suite) -> Iterator[Case]:
+    def ours(image: Tensor, *parameters: Tensor) -> Tensor:
+        return mafnet_ops.channel_attention(image, parameters[:4], parameters[4:])
+
+    channels, height, width = (8, 9, 11) if suite.small else (64, 180, 320)
+    shapes = [(channels // 4, channels), (channels, channels // 4)] * 2
+    for dtype, (layout, memory_format) in itertools.product(suite.dtypes, LAYOUTS.items()):
+        torch.manual_seed(0)
+        image = torch.randn(1, channels, height, width, device=suite.device)
+        parameters = [torch.randn(*s, 1, 1, device=suite.device) / s[1] ** 0.5 for s in shapes]
+        parameters += [torch.randn(s[0], device=suite.device) for s in shapes]
+        inputs = [image.to(DTYPES[dtype], memory_format=memory_format)]
+        inputs += [t.to(DTYPES[dtype]) for t in parameters]
+        yield Case(
+            op="channel_attention",
+            shape=f"1x{channels}x{height}x{width}",
+            dtype=dtype,
+            layout=layout,
+            distribution="normal",
+            inputs=tuple(t.requires_grad_() for t in inputs),
+            implementations=(
+                Implementation("mafnet_ops", ours),
+                Implementation("PyTorch's ops", channel_recipe),
+            ),
+            definition=channel_recipe,
+            flops=3 * image.numel(),  # the two statistics and the scale
+            terms=channels,
+        )
+
+
 CASES: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "flow_warp": flow_warp_cases,
     "modulated_deform_conv2d": modulated_deform_conv2d_cases,
     "deform_align": deform_align_cases,
     "self_attention": self_attention_cases,
     "pyramid_spatial_attention": pyramid_spatial_attention_cases,
+    "channel_attention": channel_attention_cases,
 }

@@ -1,10 +1,9 @@
 """MAFnet: x4 video super-resolution with multi-attention and optical flow, built on ``mafnet_ops``."""
 
-from mafnet_ops import __version__
+from mafnet_ops import ChannelStatistics, __version__
 
 from .checkpoint import CheckpointError, weights_available
 from .config import PRESETS, ConfigError, ModelConfig
-from .layers import ChannelStatistics
 from .model import MAFnet
 
 __all__ = [

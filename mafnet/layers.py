@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,37 +63,6 @@ class FeatureExtractor(nn.Module):
         if self.fuse is None:
             return x
         return self.fuse(torch.cat(outputs, 1)) + shallow
-
-
-class ChannelStatistics(NamedTuple):
-    """Per-frame channel statistics of a feature map, each (N, C) or (N, T, C)."""
-
-    mean: Tensor
-    max: Tensor
-
-
-def channel_statistics(x: Tensor) -> ChannelStatistics:
-    """(N, C, H, W) -> mean and maximum over the pixels, (N, C)."""
-    return ChannelStatistics(x.mean((2, 3), dtype=torch.float32).to(x.dtype), x.amax((2, 3)))
-
-
-class ChannelAttention(nn.Module):
-    """``x * sigmoid(f(mean(x)) + g(max(x)))``, f and g convolution-ReLU-convolution on a 1 x 1 map (Fig. 2a)."""
-
-    def __init__(self, channels: int, reduction: int, kernel: int) -> None:
-        super().__init__()
-        inner = max(channels // reduction, 1)
-
-        def mlp() -> nn.Sequential:
-            return nn.Sequential(
-                conv(channels, inner, kernel), nn.ReLU(), conv(inner, channels, kernel)
-            )
-
-        self.from_mean, self.from_max = mlp(), mlp()
-
-    def forward(self, x: Tensor, statistics: ChannelStatistics) -> Tensor:
-        mean, maximum = (s.to(x.dtype)[:, :, None, None] for s in statistics)
-        return x * torch.sigmoid(self.from_mean(mean) + self.from_max(maximum))
 
 
 # ------------------------------------------------------------------------------------------------- flow

@@ -14,20 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mafnet_ops import PyramidSpatialAttention, SelfAttention, flow_warp
+from mafnet_ops import (
+    ChannelAttention,
+    ChannelStatistics,
+    PyramidSpatialAttention,
+    SelfAttention,
+    channel_statistics,
+    flow_warp,
+)
 
 from . import checkpoint
 from .config import PRESETS, ConfigError, ModelConfig
 from .layers import (
-    ChannelAttention,
-    ChannelStatistics,
     DeformableConvLSTM,
     FeatureExtractor,
     FeaturePyramidFlow,
     ResidualBlock,
     SpyNet,
     bicubic_upscale_x4,
-    channel_statistics,
     conv,
     lrelu,
 )
@@ -146,11 +150,12 @@ class MAFnet(nn.Module):
                     f"MAFnet: statistics: expected (B, T, C) = {(*size, expected[1])}, "
                     f"got {tuple(statistics.mean.shape)}"
                 )
-        attended = self.attention(x, stats)
         flows = None
-        aligned = attended
-        if self.flow_branch is not None:
-            aligned, flows = self.flow_branch(x, stats, frames, self.attention)
+        if self.flow_branch is None:
+            aligned = attended = self.attention(x, stats)
+        else:
+            attended, parallel = self._attend(x, stats)
+            aligned, flows = self.flow_branch(parallel, frames)
         residual = self.head(attended, aligned, flows, size, select)
 
         kept = frames if select is None else frames[:, list(select)]
@@ -168,7 +173,16 @@ class MAFnet(nn.Module):
         if self.flow_branch is None:
             raise ConfigError("flow_features: this network has flow_branch = false")
         x = self._features(frames)
-        return self.flow_branch.attended(x, channel_statistics(x), self.attention)
+        attention = self.flow_branch.attention or self.attention
+        return attention.in_parallel(x, channel_statistics(x))
+
+    def _attend(self, x: Tensor, statistics: ChannelStatistics) -> tuple[Tensor, Tensor]:
+        """What both branches begin with: (BT, C, H, W) of the first, (BT, 2C, H, W) of the flow branch."""
+        assert self.flow_branch is not None
+        own = self.flow_branch.attention
+        if own is None:
+            return self.attention.for_both_branches(x, statistics)
+        return self.attention(x, statistics), own.in_parallel(x, statistics)
 
     def _features(self, frames: Tensor) -> Tensor:
         """Features of all frames, (BT, C, H, W). Zero padding at the borders then means mid-grey."""
@@ -224,6 +238,21 @@ class MultiAttention(nn.Module):
         x = self.by_position(x)
         return x if self.self_attention is None else self.self_attention(x)
 
+    def in_parallel(self, x: Tensor, statistics: ChannelStatistics) -> Tensor:
+        """Spatial and channel attention of the same features, side by side: (N, 2C, H, W)."""
+        return torch.cat([self.by_position(x), self.by_channel(x, statistics)], 1)
+
+    def for_both_branches(self, x: Tensor, statistics: ChannelStatistics) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` and :meth:`in_parallel` with one set of weights: channel attention is computed once, and
+        spatial attention of its two inputs as one batch."""
+        gated = self.by_channel(x, statistics)
+        if self.spatial is None:
+            first, second = gated, x
+        else:
+            first, second = self.spatial(torch.cat([gated, x])).chunk(2)
+        parallel = torch.cat([second, gated], 1)
+        return (first if self.self_attention is None else self.self_attention(first)), parallel
+
     def by_channel(self, x: Tensor, statistics: ChannelStatistics) -> Tensor:
         return x if self.channel is None else self.channel(x, statistics)
 
@@ -260,17 +289,12 @@ class AttentionFlow(nn.Module):
             self.net = SpyNet()
         self.fuse = conv(3 * channels, channels, 1)
 
-    def attended(self, x: Tensor, statistics: ChannelStatistics, shared: MultiAttention) -> Tensor:
-        """Spatial and channel attention of the same features, in parallel: (BT, 2C, H, W)."""
-        attention = self.attention or shared
-        return torch.cat([attention.by_position(x), attention.by_channel(x, statistics)], 1)
-
-    def forward(
-        self, x: Tensor, statistics: ChannelStatistics, frames: Tensor, shared: MultiAttention
-    ) -> tuple[Tensor, Flows]:
+    def forward(self, both: Tensor, frames: Tensor) -> tuple[Tensor, Flows]:
+        """``both``: spatial and channel attention of the features, (BT, 2C, H, W)."""
         size = (frames.shape[0], frames.shape[1])
-        both = self.attended(x, statistics, shared)
-        source = frames.to(x.dtype) if self.guide is None else self.guide(both).unflatten(0, size)
+        source = (
+            frames.to(both.dtype) if self.guide is None else self.guide(both).unflatten(0, size)
+        )
         flows = self._flows(source)
         mixed = self.mix(both).unflatten(0, size)  # (B, T, C, H, W)
         previous = _warp_neighbour(mixed, flows.previous, -1)

@@ -7,6 +7,12 @@ compiled kernels are used where they are built. ``mafnet_ops.doctor()`` says whi
 from . import compat, reference
 from ._version import __version__
 from .alignment import ModulatedDeformConv2dPack, SecondOrderDeformAlign
+from .channel_attention import (
+    ChannelAttention,
+    ChannelStatistics,
+    channel_attention,
+    channel_statistics,
+)
 from .deform_align import DeformAlign, deform_align
 from .doctor import doctor
 from .flow_warp import flow_warp
@@ -17,17 +23,19 @@ from .modulated_deform_conv2d import (
 )
 from .non_local import NonLocalBlock
 from .offset_health import OffsetHealth
-from .pyramid_spatial_attention import (
-    PyramidSpatialAttention,
+from .pyramid_spatial_attention import PyramidSpatialAttention, pyramid_spatial_attention
+from .pyramid_spatial_attention_parts import (
     pool_concat,
     pool_concat_conv,
-    pyramid_spatial_attention,
     resize_add,
     spatial_gate,
 )
 from .self_attention import SelfAttention, self_attention
+from .temporal_spatial_attention import TemporalSpatialAttention
 
 __all__ = [
+    "ChannelAttention",
+    "ChannelStatistics",
     "DeformAlign",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
@@ -36,7 +44,10 @@ __all__ = [
     "PyramidSpatialAttention",
     "SecondOrderDeformAlign",
     "SelfAttention",
+    "TemporalSpatialAttention",
     "__version__",
+    "channel_attention",
+    "channel_statistics",
     "compat",
     "deform_align",
     "doctor",

@@ -65,6 +65,29 @@ def require_same_dtype(op: str, first: str, tensors: dict[str, Tensor | None]) -
             )
 
 
+def require_pixels(op: str, argument: str, value: Tensor) -> None:
+    """Raise ``ValueError`` for a map without rows or columns."""
+    height_and_width = min(value.shape[2:]) > 0
+    require(height_and_width, op, argument, "H and W of at least 1", tuple(value.shape))
+
+
+def require_convolution(
+    op: str, input: Tensor, tensors: dict[str, Tensor | None], shape: Sequence[int], form: str
+) -> None:
+    """Raise unless ``tensors``, a weight of ``shape`` and its bias or None, go with ``input``."""
+    (weight_name, weight), (bias_name, bias) = tensors.items()
+    require_tensor(op, weight_name, weight, 4)
+    if bias is not None:
+        require_tensor(op, bias_name, bias, 1)
+    require_same_device(op, "input", {"input": input, **tensors})
+    if autocast_dtype(input.device) is None:
+        require_same_dtype(op, "input", {"input": input, **tensors})
+    assert weight is not None
+    require_shape(op, weight_name, weight, shape, form)
+    if bias is not None:
+        require_shape(op, bias_name, bias, shape[:1], "(C_out,)")
+
+
 def pair(op: str, argument: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least ``minimum``, as a pair."""
     items = (value, value) if isinstance(value, int) else value

@@ -32,6 +32,8 @@ class NativeOp:
     """How many tensors, at most 4."""
     per_image: tuple[int, ...]
     """Positions of the tensors whose first dimension counts images; the others are parameters."""
+    added: tuple[int, ...] = ()
+    """Positions of the tensors that are added to the output: its gradient is theirs, and ``backward`` is not asked."""
 
 
 OPS: dict[str, NativeOp] = {}
@@ -64,10 +66,15 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional, ...]:
         output, *tensors = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[2:])
+        added = OPS[ctx.name].added
+        wanted = ctx.needs_input_grad[2:]
+        needs = tuple(need and i not in added for i, need in enumerate(wanted))
         backward = _run_backward if torch.compiler.is_compiling() else _Backward.apply
         grads = backward(ctx.name, ctx.options, needs, grad, output, *tensors)
-        return (None, None, *(g if need else None for g, need in zip(grads, needs)))
+        results = [g if need else None for g, need in zip(grads, needs)]
+        for i in added:
+            results[i] = grad if wanted[i] else None
+        return (None, None, *results)
 
     @staticmethod
     def vmap(

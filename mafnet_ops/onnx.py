@@ -13,6 +13,7 @@
 | deform_align | Tanh, Sigmoid, Add, then the one above |
 | self_attention | MatMul, Softmax; all scores at once |
 | pyramid_spatial_attention and its parts | Conv, MaxPool, AveragePool, Resize, ... |
+| channel_attention | ReduceMean, ReduceMax, Gemm, ... |
 """
 
 from __future__ import annotations

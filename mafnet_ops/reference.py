@@ -257,6 +257,20 @@ def deform_align_offsets(
     return offset, torch.sigmoid(mask)
 
 
+# ---------------------------------------------------------------------------------- channel attention
+
+
+def channel_statistics(input: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 2, C): the means over the pixels, then the maxima."""
+    mean = input.mean((2, 3), dtype=coordinate_dtype(input.dtype)).to(input.dtype)
+    return torch.stack([mean, input.amax((2, 3))], 1)
+
+
+def channel_scale(input: Tensor, gate: Tensor) -> Tensor:
+    """(N, C, H, W) times (N, C)."""
+    return input * gate[:, :, None, None]
+
+
 # --------------------------------------------------------------------------- pyramid spatial attention
 
 

@@ -226,6 +226,72 @@ def pyramid_loop(
     return gate_loop(x, mask, weights["feature"], biases["feature"], scale, slope, mask_from)
 
 
+class PyramidArrays:
+    """:func:`pyramid_loop` without loops over pixels, for thousands of sizes; a test holds it to the loop."""
+
+    def __init__(self, weights: dict[str, Array], biases: dict[str, Array]) -> None:
+        self.weights, self.biases = weights, biases
+        self.resizes: dict[Pair, Array] = {}
+
+    def __call__(self, x: Array) -> Array:
+        level_1 = self.lrelu("pool_1", self.pools(self.lrelu("reduce", x)))
+        level_2 = self.lrelu("pool_2", self.pools(self.lrelu("level_2", level_1)))
+        level_2 = self.resize(self.lrelu("conv_2", level_2), *level_1.shape[1:])
+        merged = self.resize(self.lrelu("add", level_2 + level_1), *x.shape[1:])
+        mask = self.conv("mask", merged)
+        return x / (1 + np.exp(-mask)) * 2 + self.lrelu("feature", mask)
+
+    def conv(self, name: str, x: Array) -> Array:
+        weight = self.weights[name]
+        kernel, (height, width) = weight.shape[-1], x.shape[1:]
+        edge = kernel // 2
+        padded = np.pad(x, ((0, 0), (edge, edge), (edge, edge)))
+        out = self.biases[name][:, None, None] + np.zeros((1, height, width))
+        for i, j in np.ndindex(kernel, kernel):
+            part = padded[:, i : i + height, j : j + width]
+            out += np.tensordot(weight[:, :, i, j], part, 1)
+        return out
+
+    def lrelu(self, name: str, x: Array) -> Array:
+        return leaky_relu_loop(self.conv(name, x), 0.1)
+
+    def pools(self, x: Array) -> Array:
+        """The nine taps as nine maps; outside there is nothing to be the largest, and zeros in the mean."""
+        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        edges = ((0, 0), (1, 2), (1, 2))
+
+        def taps(outside: float) -> Array:
+            padded = np.pad(x, edges, constant_values=outside)
+            tap = [padded[:, i:, j:][:, ::2, ::2] for i, j in np.ndindex(3, 3)]
+            return np.stack([t[:, :height, :width] for t in tap])
+
+        return np.concatenate([taps(-np.inf).max(0), taps(0.0).sum(0) / 9])
+
+    def resize(self, x: Array, height: int, width: int) -> Array:
+        rows, columns = self.matrix(x.shape[1], height), self.matrix(x.shape[2], width)
+        return rows @ x @ columns.T
+
+    def matrix(self, size: int, out: int) -> Array:
+        """(out, size), what :func:`resize_loop` does along one axis."""
+        if (size, out) not in self.resizes:
+            unit = np.eye(size)[:, :, None]  # images of one column
+            self.resizes[size, out] = resize_loop(unit, out, 1)[:, :, 0].T
+        return self.resizes[size, out]
+
+
+# ----------------------------------------------------------------------------------- channel attention
+
+
+def channel_attention_loop(x: Array, weights: list[Array], biases: list[Array]) -> Array:
+    """One image (C, H, W); the layers are 1 x 1 and in the order mean in, mean out, max in, max out."""
+    logits = np.zeros(x.shape[0])
+    pixels = [x[:, i, j] for i, j in np.ndindex(*x.shape[1:])]
+    for i, statistic in ((0, sum(pixels) / len(pixels)), (2, np.max(pixels, 0))):
+        hidden = np.maximum(weights[i][:, :, 0, 0] @ statistic + biases[i], 0)
+        logits += weights[i + 1][:, :, 0, 0] @ hidden + biases[i + 1]
+    return x * (1 / (1 + np.exp(-logits)))[:, None, None]
+
+
 # -------------------------------------------------------------------------------------- self-attention
 
 

@@ -32,18 +32,44 @@ void mix_rows(const Source& image, int64_t n, const TermLists<A>& rows, int row,
   });
 }
 
-// pixels[x] = the sum of the terms of x over the pixels of mixed.
+// to[x] = the weighted sum of one or two pixels, plus other[x] where there is one.
+template <typename L, bool kTwo, typename A>
+MAFNET_INLINE void mix_pixel(const Term<A>* terms, int channels, const A* mixed, const A* other,
+                             A* to) {
+  const A first = terms[0].weight, second = kTwo ? terms[1].weight : A{0};
+  const A* low = mixed + int64_t{terms[0].at} * channels;
+  const A* high = kTwo ? mixed + int64_t{terms[1].at} * channels : low;
+  for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    V sum = first * load<V>(low + c);
+    if constexpr (kTwo) sum += second * load<V>(high + c);
+    store<V>(to + c, other == nullptr ? sum : sum + load<V>(other + c));
+  });
+}
+
+// Pixel x of `to` = the sum of the terms of x over the pixels of mixed, plus pixel x of other where
+// there is one: one pass over the row, whose sums go where they belong.
 template <typename A>
 void mix_columns(const TermLists<A>& columns, int width, int channels, const A* mixed,
-                 std::vector<Part<A>>& parts, A* pixels) {
+                 const Row<A>& other, std::vector<Part<A>>& parts, A* to, int64_t to_stride) {
   with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    using L = decltype(level);
     for (int x = 0; x < width; ++x) {
-      parts.clear();
-      for (const Term<A>* t = columns.begin(x); t != columns.end(x); ++t) {
-        parts.push_back({mixed + int64_t{t->at} * channels, t->weight});
+      const A* added = other.data == nullptr ? nullptr : other.data + x * other.stride;
+      A* at = to + x * to_stride;
+      const Term<A>* terms = columns.begin(x);
+      const int count = columns.count(x);
+      if (count == 2) {
+        mix_pixel<L, true>(terms, channels, mixed, added, at);
+      } else if (count == 1) {
+        mix_pixel<L, false>(terms, channels, mixed, added, at);
+      } else {  // backward: no other
+        parts.clear();
+        for (int i = 0; i < count; ++i) {
+          parts.push_back({mixed + int64_t{terms[i].at} * channels, terms[i].weight});
+        }
+        combine<L>(parts.data(), count, channels, at);
       }
-      combine<decltype(level)>(parts.data(), static_cast<int>(parts.size()), channels,
-                               pixels + int64_t{x} * channels);
     }
   });
 }
@@ -54,27 +80,27 @@ void apply(const ResizeAddParams& p, const Source& from, int from_width, const T
            const TermLists<A>& columns, int height, int width, const Source* other,
            const Target& to) {
   prepare(to, p.batch, int64_t{p.channels} * height * width);
+  const bool in_place = to.dtype == kDense<A> && to.stride[1] == 1;
   torch::stable::parallel_for(0, p.batch * height, 4, [&](int64_t begin, int64_t end) {
     Buffer<A> read(0), mixed(static_cast<size_t>(from_width) * p.channels, false);
-    Buffer<A> pixels(static_cast<size_t>(width) * p.channels, false);
-    Buffer<A> others(other ? static_cast<size_t>(width) * p.channels : 0, false);
+    const size_t size = static_cast<size_t>(width) * p.channels;
+    Buffer<A> pixels(in_place ? 0 : size, false), others(other ? size : 0, false);
     std::vector<Part<A>> parts;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t n = r / height;
       const int y = static_cast<int>(r % height);
       mix_rows(from, n, rows, y, from_width, p.channels, parts, read, mixed.data());
-      mix_columns(columns, width, p.channels, mixed.data(), parts, pixels.data());
+      Row<A> added{nullptr, 0};
       if (other != nullptr) {
-        const Row<A> added =
-            read_row(*other, n, y, 0, width, p.channels, others.data(), p.channels);
-        A* sums = pixels.data();
-        const int channels = p.channels;
-        for_rows<A>(width, channels, [&](auto type, int x, int c) MAFNET_INLINE_LAMBDA {
-          using V = typename decltype(type)::type;
-          A* at = sums + int64_t{x} * channels + c;
-          store<V>(at, load<V>(at) + load<V>(added.data + x * added.stride + c));
-        });
+        added = read_row(*other, n, y, 0, width, p.channels, others.data(), p.channels);
       }
+      if (in_place) {
+        mix_columns(columns, width, p.channels, mixed.data(), added, parts,
+                    static_cast<A*>(to.data) + element_at(to, n, y, 0), to.stride[3]);
+        continue;
+      }
+      mix_columns(columns, width, p.channels, mixed.data(), added, parts, pixels.data(),
+                  p.channels);
       write_row(pixels.data(), p.channels, width, p.channels, to, n, y, 0);
     }
   });

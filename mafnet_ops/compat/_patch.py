@@ -55,6 +55,7 @@ _LIBRARIES: dict[str, _Library] = {
                 mmagic.SecondOrderDeformableAlignment.forward
             ),
             "mmagic.models.editors.edvr.edvr_net:ModulatedDCNPack": mmagic.ModulatedDCNPack.forward,
+            "mmagic.models.editors.edvr.edvr_net:TSAFusion": mmagic.TSAFusion.forward,
         },
     ),
 }

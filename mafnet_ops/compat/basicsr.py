@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._checks import require
 from ..deform_align import deform_align
 from ..flow_warp import flow_warp as _flow_warp
-from ..pyramid_spatial_attention import pool_concat_conv, resize_add
+from ..temporal_spatial_attention import TemporalSpatialAttention
 from . import mmcv
 
 __all__ = [
@@ -159,51 +159,8 @@ def alignment_head(channels: int, deform_groups: int) -> nn.Sequential:
     return nn.Sequential(*layers, last)
 
 
-class TSAFusion(nn.Module):
+class TSAFusion(TemporalSpatialAttention):
     """EDVR's temporal and spatial attention: (N, T, C, H, W) -> (N, C, H, W), any H and W (BasicSR: multiples of 4)."""
 
     def __init__(self, num_feat: int = 64, num_frame: int = 5, center_frame_idx: int = 2) -> None:
-        super().__init__()
-        self.center_frame_idx = center_frame_idx
-
-        def conv(inputs: int, kernel: int) -> nn.Conv2d:
-            return nn.Conv2d(inputs, num_feat, kernel, padding=kernel // 2)
-
-        self.temporal_attn1 = conv(num_feat, 3)
-        self.temporal_attn2 = conv(num_feat, 3)
-        self.feat_fusion = conv(num_frame * num_feat, 1)
-        self.spatial_attn1 = conv(num_frame * num_feat, 1)
-        self.spatial_attn2 = conv(2 * num_feat, 1)
-        self.spatial_attn3 = conv(num_feat, 3)
-        self.spatial_attn4 = conv(num_feat, 1)
-        self.spatial_attn5 = conv(num_feat, 3)
-        self.spatial_attn_l1 = conv(num_feat, 1)
-        self.spatial_attn_l2 = conv(2 * num_feat, 3)
-        self.spatial_attn_l3 = conv(num_feat, 3)
-        self.spatial_attn_add1 = conv(num_feat, 1)
-        self.spatial_attn_add2 = conv(num_feat, 1)
-
-    def forward(self, aligned_feat: Tensor) -> Tensor:
-        batch, frames, _, height, width = aligned_feat.shape
-
-        def lrelu(x: Tensor) -> Tensor:
-            return F.leaky_relu(x, 0.1)
-
-        # Each frame is weighed by its likeness to the middle one.
-        middle = self.temporal_attn1(aligned_feat[:, self.center_frame_idx]).unsqueeze(1)
-        each = self.temporal_attn2(aligned_feat.flatten(0, 1)).unflatten(0, (batch, frames))
-        likeness = torch.sigmoid((each * middle).sum(2, keepdim=True))  # (N, T, 1, H, W)
-        weighed = (aligned_feat * likeness).flatten(1, 2)
-
-        feature = lrelu(self.feat_fusion(weighed))
-        pool_1, pool_2 = self.spatial_attn2, self.spatial_attn_l2
-        attention = pool_concat_conv(lrelu(self.spatial_attn1(weighed)), pool_1.weight, pool_1.bias)
-        level_2 = lrelu(self.spatial_attn_l1(attention))
-        level_2 = pool_concat_conv(level_2, pool_2.weight, pool_2.bias)
-        level_2 = lrelu(self.spatial_attn_l3(level_2))
-        attention = resize_add(level_2, lrelu(self.spatial_attn3(attention)))
-        attention = lrelu(self.spatial_attn4(attention))
-        attention = F.interpolate(attention, size=(height, width), mode="bilinear")
-        attention = self.spatial_attn5(attention)
-        added = self.spatial_attn_add2(lrelu(self.spatial_attn_add1(attention)))
-        return feature * torch.sigmoid(attention) * 2 + added
+        super().__init__(num_feat, num_frame, center_frame_idx)

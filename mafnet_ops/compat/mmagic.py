@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import require
+from ..temporal_spatial_attention import TemporalSpatialAttention, fuse
 from . import basicsr, mmcv
 
-__all__ = ["ModulatedDCNPack", "PCDAlignment", "SecondOrderDeformableAlignment", "flow_warp"]
+__all__ = [
+    "ModulatedDCNPack",
+    "PCDAlignment",
+    "SecondOrderDeformableAlignment",
+    "TSAFusion",
+    "flow_warp",
+]
 
 _LEAKY_RELU = {"type": "LeakyReLU", "negative_slope": 0.1}
 
@@ -132,3 +139,34 @@ class PCDAlignment(nn.Module):
         both = torch.cat([feature, ref_feats[0]], 1)
         offset = self.cas_offset_conv2(self.cas_offset_conv1(both))
         return F.leaky_relu(self.cas_dcnpack(feature, offset), 0.1)
+
+
+class TSAFusion(nn.Module):
+    """EDVR's temporal and spatial attention: (N, T, C, H, W) -> (N, C, H, W), any H and W (mmagic: multiples of 4).
+
+    ``act_cfg`` is a LeakyReLU of any slope, as mmagic's default; other activations are refused.
+    """
+
+    def __init__(
+        self,
+        mid_channels: int = 64,
+        num_frames: int = 5,
+        center_frame_idx: int = 2,
+        act_cfg: dict[str, Any] = _LEAKY_RELU,
+    ) -> None:
+        super().__init__()
+        require(
+            act_cfg.get("type") == "LeakyReLU", "TSAFusion", "act_cfg", "type LeakyReLU", act_cfg
+        )
+        slope = act_cfg.get("negative_slope", 0.01)
+        self.center_frame_idx = center_frame_idx
+        convs = TemporalSpatialAttention(mid_channels, num_frames, center_frame_idx)
+        plain = ("temporal_attn1", "temporal_attn2", "spatial_attn5", "spatial_attn_add2")
+        for name, conv in convs.named_children():
+            # As in mmcv's ConvModule, where the slope is read from.
+            wrapper = nn.ModuleDict({"conv": conv, "activate": nn.LeakyReLU(slope)})
+            self.add_module(name, conv if name in plain else wrapper)
+
+    def forward(self, aligned_feat: Tensor) -> Tensor:
+        activation = self.spatial_attn1.activate  # type: ignore[union-attr]
+        return fuse(self, aligned_feat, activation.negative_slope)  # type: ignore[union-attr, arg-type]

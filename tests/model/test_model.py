@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from small_model import TINY, build, run
-from tolerances import assert_rounding_only
+from tolerances import assert_rounding_only, assert_same
 from torch import Tensor, nn
 
 from mafnet import ChannelStatistics, ConfigError, MAFnet
 from mafnet.layers import DeformableConvLSTM, FeaturePyramidFlow, SpyNet, bicubic_upscale_x4
-from mafnet_ops import deform_align
+from mafnet_ops import channel_statistics, deform_align
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hr": {},
@@ -63,6 +63,25 @@ def test_any_size_and_length(name: str, shape: tuple[int, ...]) -> None:
     out = run(build(**VARIANTS[name]), torch.rand(shape))
     assert out.shape == (*shape[:3], 4 * shape[3], 4 * shape[4])
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "switch", [None, "spatial_attention", "channel_attention", "self_attention"]
+)
+def test_shared_attention_is_computed_once_for_both_branches(switch: str | None) -> None:
+    """Each of its modules runs once, with the bits that two runs per branch give."""
+    options = {} if switch is None else {switch: False}
+    attention = build(share_attention=True, lstm_at="lr", **options).attention
+    x = torch.randn(3, TINY.channels, 9, 7)
+    statistics = channel_statistics(x)
+    expected = attention(x, statistics), attention.in_parallel(x, statistics)
+    calls: list[str] = []
+    for name, module in attention.named_children():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    both = attention.for_both_branches(x, statistics)
+    assert sorted(calls) == sorted(name for name, _ in attention.named_children())
+    for a, e in zip(both, expected):
+        assert_same(a, e)
 
 
 def test_untrained_network_gives_about_bicubic() -> None:

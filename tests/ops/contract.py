@@ -134,6 +134,34 @@ def _pyramid_baseline(input: Tensor, *parameters: Tensor) -> Tensor:
     return input * mask.sigmoid() * 2 + lrelu("feature", mask)
 
 
+def _channel(batch: int, size: Size) -> list[Tensor]:
+    """Two layers each for mean and maximum, 4 -> 3 -> 4 channels; a kernel of 3 x 3 sees one pixel.
+
+    The map goes with the gradient that the tests hand to the output: neither its mean nor the gradient of a gate,
+    both sums over all pixels, is a small difference of large sums, of which nothing could be told.
+    """
+    shapes = ((3, 4, 1, 1), (4, 3, 3, 3), (3, 4, 1, 1), (4, 3, 1, 1))
+    weights = [uniform(*shape, seed=i) for i, shape in enumerate(shapes)]
+    biases = [uniform(shape[0], seed=5 + i) for i, shape in enumerate(shapes)]
+    counting = torch.arange(batch * 4 * size[0] * size[1], dtype=torch.float64)
+    image = 1 + counting.mul(0.618).frac().mul(2).sub(1).view(batch, 4, *size) / 2
+    return [image + uniform(batch, 4, *size, reach=0.25, seed=99), *weights, *biases]
+
+
+def _channel_call(input: Tensor, *parameters: Tensor) -> Tensor:
+    return mafnet_ops.channel_attention(input, parameters[:4], parameters[4:])
+
+
+def _channel_baseline(input: Tensor, *parameters: Tensor) -> Tensor:
+    def layer(i: int, x: Tensor) -> Tensor:
+        weight = parameters[i]
+        return F.conv2d(x, weight, parameters[4 + i], padding=weight.shape[-1] // 2)
+
+    mean, maximum = input.mean((2, 3), keepdim=True), input.amax((2, 3), keepdim=True)
+    logits = layer(1, layer(0, mean).relu()) + layer(3, layer(2, maximum).relu())
+    return input * logits.sigmoid()
+
+
 def _warp_backward(tensors: list[Tensor]) -> tuple[object, ...]:
     return (torch.ones_like(tensors[0]), *tensors, 0, 0, True, True, False)
 
@@ -258,6 +286,26 @@ CONTRACTS = (
                 *_gate_arguments(tensors),
                 *(2.0, 0.1, True),
                 *[True] * 4,
+            ),
+        },
+    ),
+    Contract(
+        "channel_attention",
+        _channel_call,
+        _channel_baseline,
+        _channel,
+        terms=2 * 3 * 4,  # sums within sums: branches, hidden values, channels
+        roundings=8,  # statistics, two layers, their sum, the gate, the product, and the gradients
+        raw={
+            "channel_statistics_forward": lambda tensors: (tensors[0],),
+            "channel_statistics_backward": lambda tensors: (
+                tensors[0].new_ones(tensors[0].shape[0], 2, 4),
+                tensors[0],
+                reference.channel_statistics(tensors[0]),
+            ),
+            "channel_scale_backward": lambda tensors: (
+                *(tensors[0] + 1, tensors[0], tensors[0][:, :, 0, 0]),
+                *(True, True),
             ),
         },
     ),

@@ -404,6 +404,7 @@ def test_errors(contract: Contract) -> None:
         mafnet_ops.DeformAlign(4, 6, max_residue_magnitude=3.0),
         mafnet_ops.SelfAttention(8, window=4),
         mafnet_ops.PyramidSpatialAttention(4, mask_from="feature"),
+        mafnet_ops.ChannelAttention(4, 2, 3),
     ],
     ids=lambda m: type(m).__name__,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import (
+    PyramidArrays,
     conv_loop,
     gate_loop,
     leaky_relu_loop,
@@ -134,6 +136,40 @@ def test_every_size_equals_both_oracles(mask_from: str) -> None:
                 to_array(x), arrays(weights), arrays(biases), mask_from=mask_from
             )
             assert_rounding_only(one, torch.from_numpy(expected), TERMS, 8)
+
+
+def test_all_sizes_up_to_70() -> None:
+    """4,900 of them, across every strip of 64 columns, block of 96 pixels and parity of both levels."""
+    weights, biases = parameters(2)
+    oracle = PyramidArrays(arrays(weights), arrays(biases))
+    x = to_array(uniform(2, 13, 10))
+    loop = pyramid_loop(x, arrays(weights), arrays(biases))
+    assert_rounding_only(torch.from_numpy(oracle(x)), torch.from_numpy(loop), TERMS, 8)
+    largest = uniform(1, 2, 70, 70)
+    for height, width in itertools.product(range(1, 71), repeat=2):
+        image = largest[:, :, :height, :width]
+        out = pyramid_spatial_attention(image, weights, biases)[0]
+        assert_rounding_only(out, torch.from_numpy(oracle(to_array(image[0]))), TERMS, 8)
+
+
+def test_gradients_of_sizes_up_to_70() -> None:
+    """70 sizes, each height and each width once, against the chain of torch.nn modules."""
+    weights, biases = parameters(2)
+    module = chain(2, weights, biases)
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return pyramid_spatial_attention(x, rest[:8], rest[8:])
+
+    def expected(x: Tensor, *rest: Tensor) -> Tensor:
+        names = [f"{name}.{kind}" for kind in ("weight", "bias") for name in LAYERS]
+        return torch.func.functional_call(module, dict(zip(names, rest)), x)
+
+    largest = uniform(1, 2, 70, 70)
+    for height in range(1, 71):
+        width = 29 * height % 71  # a permutation of 1 ... 70, since 71 is prime
+        leaves = [largest[:, :, :height, :width], *weights, *biases]
+        for a, e in zip(gradients(call, leaves), gradients(expected, leaves)):
+            assert_rounding_only(a, e, TERMS * height * width, 8)
 
 
 def test_pool_concat_of_every_size() -> None:
@@ -420,20 +456,10 @@ def test_compile_fullgraph_with_gradients(name: str) -> None:
 # ------------------------------------------------------------------------------ the compiled kernels
 
 
-NATIVE = "cpu" in importlib.import_module("mafnet_ops.pyramid_spatial_attention")._NATIVE_DEVICES
+NATIVE = (
+    "cpu" in importlib.import_module("mafnet_ops.pyramid_spatial_attention_kernels")._NATIVE_DEVICES
+)
 native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")
-
-
-@pytest.mark.parametrize("width", range(1, 71, 3))
-def test_sizes_around_strips_and_blocks(width: int) -> None:
-    """Strips are of 64 columns, blocks of 96 pixels; heights go with widths so that both parities meet."""
-    weights, biases = parameters(2)
-    module = chain(2, weights, biases)
-    for height in (71 - width, 71 - width + width % 2, 1 + width // 9):
-        for extra in range(3):
-            image = uniform(1, 2, height, min(width + extra, 70))
-            out = pyramid_spatial_attention(image, weights, biases)
-            assert_rounding_only(out, module(image), TERMS, 8)
 
 
 @native

@@ -1,0 +1,223 @@
+"""Channel attention: a gate per channel from the mean and the maximum of its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _library, _native, reference
+from ._autograd import empty_like_input
+from ._checks import require, require_convolution, require_pixels, require_shape, require_tensor
+
+_OP = "channel_attention"
+LAYERS = ("mean_in", "mean_out", "max_in", "max_out")
+"""The four layers; ``weights[i]`` and ``biases[i]`` of the functional form follow this order."""
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and maximum of every channel over the pixels, each (N, C) or with more dimensions in front of C."""
+
+    mean: Tensor
+    max: Tensor
+
+
+def channel_statistics(input: Tensor) -> ChannelStatistics:
+    """Mean and maximum of every channel, in one pass over the map where there are kernels.
+
+    Args:
+        input: (N, C, H, W), floating point, H and W at least 1.
+
+    Returns:
+        mean and max, (N, C) each, in the dtype of ``input``; sums are at least fp32. The gradient of a maximum goes
+        to all pixels that attain it, in equal shares, as that of ``torch.amax``. NaN propagates to both.
+
+    Raises:
+        ValueError: not 4 dimensions, or no pixels. TypeError: not floating point.
+    """
+    require_tensor("channel_statistics", "input", input, 4)
+    require_pixels("channel_statistics", "input", input)
+    if not _is_native(input):
+        return ChannelStatistics(*reference.channel_statistics(input).unbind(1))
+    return ChannelStatistics(*_native.call("channel_statistics", (input,)).unbind(1))
+
+
+def channel_attention(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    statistics: ChannelStatistics | None = None,
+) -> Tensor:
+    """``input * sigmoid(f(mean) + g(max))`` with f and g two layers each and a ReLU between, on a map of one pixel.
+
+    Args:
+        input: (N, C, H, W), floating point.
+        weights, biases: the layers in the order of ``LAYERS``: ``mean_in`` and ``max_in`` (R, C, k, k), ``mean_out``
+            and ``max_out`` (C, R, k, k), any R and any odd k; biases (R,), (C,) or None. Of a kernel on a padded map
+            of one pixel the centre is all that counts.
+        statistics: (N, C) each, from outside: tiles of one frame share those of the frame. Default: those of ``input``.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        ValueError: a shape or device that does not fit. TypeError: a dtype that is not floating point, or a
+            weight or bias in another dtype than input.
+    """
+    require_tensor(_OP, "input", input, 4)
+    require_pixels(_OP, "input", input)
+    count = len(LAYERS)
+    require(len(weights) == count, _OP, "weights", f"{count} tensors {LAYERS}", len(weights))
+    require(len(biases) == count, _OP, "biases", f"{count} tensors or None", len(biases))
+    for i, name in enumerate(LAYERS):
+        _require_layer(input, name, weights[i], biases[i], None if i % 2 == 0 else weights[i - 1])
+    if statistics is None:
+        statistics = channel_statistics(input)
+    else:
+        shape = input.shape[:2]
+        for name, value in zip(("mean", "max"), statistics, strict=True):
+            require_tensor(_OP, f"statistics[{name}]", value, 2)
+            require_shape(_OP, f"statistics[{name}]", value, shape, "(N, C)")
+    compute = reference.coordinate_dtype(
+        input.dtype
+    )  # a few numbers: half precision would save nothing
+    layers = [_on_one_pixel(w, b, compute) for w, b in zip(weights, biases, strict=True)]
+    mean, maximum = (value.to(compute) for value in statistics)
+    from_mean = F.linear(F.relu(F.linear(mean, *layers[0])), *layers[1])
+    from_max = F.linear(F.relu(F.linear(maximum, *layers[2])), *layers[3])
+    return _channel_scale(input, torch.sigmoid(from_mean + from_max))
+
+
+def _require_layer(
+    input: Tensor, name: str, weight: Tensor, bias: Tensor | None, before: Tensor | None
+) -> None:
+    """``before`` is the weight whose outputs this layer reads; without, it reads the statistics."""
+    argument = f"weights[{name}]"
+    require_tensor(_OP, argument, weight, 4)
+    kernel = weight.shape[-1]
+    if before is None:
+        shape, form = (weight.shape[0], input.shape[1], kernel, kernel), "(R, C, k, k)"
+    else:
+        shape, form = (input.shape[1], before.shape[0], kernel, kernel), "(C, R, k, k)"
+    tensors = {argument: weight, f"biases[{name}]": bias}
+    require_convolution(_OP, input, tensors, shape, form)
+    require(kernel % 2 == 1, _OP, argument, "an odd kernel size", kernel)
+
+
+def _on_one_pixel(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The layer of a convolution that reads one pixel and zeros around it."""
+    centre = weight.shape[-1] // 2
+    return weight[:, :, centre, centre].to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _channel_scale(input: Tensor, gate: Tensor) -> Tensor:
+    """(N, C, H, W) times (N, C), in the dtype of ``input``."""
+    gate = gate.to(input.dtype)
+    if not _is_native(input):
+        return reference.channel_scale(input, gate)
+    return _native.call("channel_scale", (input, gate))
+
+
+def _is_native(input: Tensor) -> bool:
+    return input.device.type in _NATIVE_DEVICES
+
+
+class ChannelAttention(nn.Module):
+    """:func:`channel_attention` over ``channels`` channels.
+
+    Args:
+        reduction: ``channels // reduction``, at least 1, are between two layers.
+        kernel: of the convolutions, odd. They see one pixel: all but the centre of a larger one stays as it begins.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, kernel: int = 1) -> None:
+        super().__init__()
+        require(channels >= 1, "ChannelAttention", "channels", "an int >= 1", channels)
+        require(reduction >= 1, "ChannelAttention", "reduction", "an int >= 1", reduction)
+        require(kernel % 2 == 1, "ChannelAttention", "kernel", "an odd int", kernel)
+        inner = max(channels // reduction, 1)
+
+        def layers() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(channels, inner, kernel, padding=kernel // 2),
+                nn.ReLU(),
+                nn.Conv2d(inner, channels, kernel, padding=kernel // 2),
+            )
+
+        self.from_mean, self.from_max = layers(), layers()
+
+    def forward(self, input: Tensor, statistics: ChannelStatistics | None = None) -> Tensor:
+        convs = self.from_mean[0], self.from_mean[2], self.from_max[0], self.from_max[2]
+        weights: Any = [conv.weight for conv in convs]
+        biases: Any = [conv.bias for conv in convs]
+        return channel_attention(input, weights, biases, statistics)
+
+
+# ------------------------------------------------------------------------------------- schema and fake
+
+_SCHEMAS = (
+    "channel_statistics_forward(Tensor input) -> Tensor",
+    "channel_statistics_backward(Tensor grad_output, Tensor input, Tensor statistics) -> Tensor",
+    "channel_scale_backward(Tensor grad_output, Tensor input, Tensor gate, bool need_input, bool need_gate) "
+    "-> (Tensor, Tensor)",
+)
+for _schema in _SCHEMAS:
+    _library.LIBRARY.define(_schema)
+_NATIVE_DEVICES = _library.register_op(_OP, tuple(s.partition("(")[0] for s in _SCHEMAS))
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"mafnet_ops::{name}", lib=_library.LIBRARY)
+
+
+@_fake("channel_statistics_forward")
+def _(input: Tensor) -> Tensor:
+    """(N, 2, C): means, then maxima."""
+    return input.new_empty((input.shape[0], 2, input.shape[1]))
+
+
+@_fake("channel_statistics_backward")
+def _(grad_output: Tensor, input: Tensor, statistics: Tensor) -> Tensor:
+    return empty_like_input(input, tuple(input.shape))
+
+
+@_fake("channel_scale_backward")
+def _(
+    grad_output: Tensor, input: Tensor, gate: Tensor, need_input: bool, need_gate: bool
+) -> tuple[Tensor, Tensor]:
+    batch = input.shape[0]
+    grad_input = empty_like_input(input, (batch if need_input else 0, *input.shape[1:]))
+    return grad_input, gate.new_empty((batch if need_gate else 0, input.shape[1]))
+
+
+# ------------------------------------------------------------------------------------------ autograd
+
+_Grads = tuple[Tensor, ...]
+
+
+def _statistics_backward(
+    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+) -> _Grads:
+    return (torch.ops.mafnet_ops.channel_statistics_backward(grad, tensors[0], output),)
+
+
+def _scale_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
+    return torch.ops.mafnet_ops.channel_scale_backward(grad, *tensors, *needs)
+
+
+_native.OPS["channel_statistics"] = _native.NativeOp(
+    torch.ops.mafnet_ops.channel_statistics_forward,
+    _statistics_backward,
+    reference.channel_statistics,
+    1,
+    (0,),
+)
+# One product forward, in which PyTorch is at the speed of the memory; backward reads its maps once.
+_native.OPS["channel_scale"] = _native.NativeOp(
+    reference.channel_scale, _scale_backward, reference.channel_scale, 2, (0, 1)
+)
