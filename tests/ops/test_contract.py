@@ -298,7 +298,7 @@ def test_opcheck(contract: Contract, device: str, dtype: torch.dtype) -> None:
 
 @feature("torch.compile: one graph, dynamic shapes, by inductor too")
 @ops
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(contract: Contract, backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     torch._dynamo.reset()
