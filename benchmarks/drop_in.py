@@ -1,7 +1,8 @@
 """Networks of other libraries on the CPU, unpatched and patched: time and peak memory, for docs/drop_in.md.
 
-Needs the environment of ``make test-compat``; words that follow select the cases that have one of them. Every case runs in a process of its own, one thread; times are processor
-time, the least of several interleaved runs; memory is how far the peak of the process grew over that before the run.
+Needs the environment of ``make test-compat``; words on the command line select the cases whose names have one of them.
+Every case runs in a process of its own, one thread; times are processor time, the least of several interleaved runs;
+memory is how far the peak of the process grew over that before the run.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mafnet_ops.compat import basicsr as our_basicsr
 from mafnet_ops.compat import mmagic as mmagic_drop_ins
-from mafnet_ops.compat import patch
 from mafnet_ops.compat import mmcv as our_mmcv
+from mafnet_ops.compat import patch
 from mafnet_ops.compat import torchvision as our_torchvision
 
 
