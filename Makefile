@@ -60,9 +60,10 @@ $(VENV)/installed: $(VENV)/tools $(NATIVE_FILES) setup.py
 build/venv-compat/installed: pyproject.toml
 	test -d build/venv-compat || $(PYTHON) -m venv build/venv-compat
 	build/venv-compat/bin/pip install -q torch==2.14.1 torchvision==0.29.1 "setuptools>=77" wheel \
-	  opencv-python-headless scipy pyyaml tqdm addict yapf rich termcolor platformdirs "pytest>=8" hypothesis
+	  opencv-python-headless scipy pyyaml tqdm addict yapf rich termcolor platformdirs click requests "pytest>=8" hypothesis
 	build/venv-compat/bin/pip install -q --no-deps --no-build-isolation basicsr==1.4.2
-	build/venv-compat/bin/pip install -q --no-deps mmengine==0.10.7 mmcv-lite==2.2.0
+	# mmagic refuses later versions of mmcv.
+	build/venv-compat/bin/pip install -q --no-deps mmengine==0.10.7 mmcv-lite==2.1.0 mmagic==1.2.0
 	touch $@
 
 build/venv-demo/installed: $(NATIVE_FILES) setup.py pyproject.toml $(shell find mafnet mafnet_ops -name '*.py' 2>/dev/null)

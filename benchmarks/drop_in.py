@@ -1,7 +1,8 @@
 """Networks of other libraries on the CPU, unpatched and patched: time and peak memory, for docs/drop_in.md.
 
-Needs the environment of ``make test-compat``. Every case runs in a process of its own, one thread; times are processor
-time, the least of several interleaved runs; memory is how far the peak of the process grew over that before the run.
+Needs the environment of ``make test-compat``; words on the command line select the cases whose names have one of them.
+Every case runs in a process of its own, one thread; times are processor time, the least of several interleaved runs;
+memory is how far the peak of the process grew over that before the run.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def _child(*arguments: str) -> list[float]:
 def main() -> None:
     print("| | | time | patched | | peak memory | patched |")
     print("|---|---|---|---|---|---|---|")
-    for name in CASES:
+    wanted = sys.argv[1:] or [""]
+    for name in (n for n in CASES if any(word in n for word in wanted)):
         for kind in ("forward", "training step"):
             theirs, ours = _child("time", name, kind)
             memory = [_child("memory", name, kind, flag)[0] for flag in ("", "patched")]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -51,3 +54,44 @@ class _NotBuilt(ModuleType):
             raise NotImplementedError(f"mmcv-lite has no {name}")
 
         return call
+
+
+@pytest.fixture(scope="session")
+def mmagic(mmcv_ops: ModuleType) -> Iterator[ModuleType]:
+    """mmagic 1.2.0 without what only its other models need.
+
+    The lists of its packages import everything, diffusers among it: here they are empty, but for what EDVR and
+    BasicVSR++ take from them; and it names two types that NumPy 2 has dropped.
+    """
+    if importlib.util.find_spec("mmagic") is None:
+        pytest.skip(f"mmagic: {HOW}")
+    import numpy as np
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "bool8", np.bool_, raising=False)
+        patch.setattr(np, "float_", np.float64, raising=False)
+        import mmagic
+
+        folder = mmagic.__path__[0]
+        editors = ("basicvsr", "basicvsr_plusplus_net", "edvr")
+        for name in (
+            "models",
+            "models.archs",
+            "models.editors",
+            *_under("models.editors", editors),
+        ):
+            package = ModuleType(f"mmagic.{name}")
+            package.__path__ = [f"{folder}/{name.replace('.', '/')}"]
+            patch.setitem(sys.modules, package.__name__, package)
+        archs = sys.modules["mmagic.models.archs"]
+        for module, name in (
+            ("upsample", "PixelShufflePack"),
+            ("sr_backbone", "ResidualBlockNoBN"),
+        ):
+            found = importlib.import_module(f"mmagic.models.archs.{module}")
+            setattr(archs, name, getattr(found, name))
+        yield mmagic
+
+
+def _under(package: str, names: tuple[str, ...]) -> list[str]:
+    return [f"{package}.{name}" for name in names]

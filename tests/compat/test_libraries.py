@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -15,8 +16,9 @@ from tolerances import assert_as_accurate
 from torch import Tensor, nn
 
 from mafnet_ops.compat import basicsr as our_basicsr
-from mafnet_ops.compat import mmagic, patch
+from mafnet_ops.compat import mmagic as mmagic_drop_ins
 from mafnet_ops.compat import mmcv as our_mmcv
+from mafnet_ops.compat import patch
 from mafnet_ops.compat import torchvision as our_torchvision
 
 
@@ -110,7 +112,7 @@ def test_basicsr_convolutions_run_on_the_cpu(basicsr: ModuleType) -> None:
 def test_pcd_alignment(basicsr: ModuleType) -> None:
     """mmagic's is BasicSR's with other names; here with offsets that do something."""
     theirs = liven(basicsr.archs.edvr_arch.PCDAlignment(8, 4)).double()
-    ours = mmagic.PCDAlignment(8, 4).double()
+    ours = mmagic_drop_ins.PCDAlignment(8, 4).double()
     names = {name.replace(".conv.", "."): name for name in ours.state_dict()}
     ours.load_state_dict({names[k]: v for k, v in theirs.state_dict().items()})
     levels = [[uniform(1, 8, 12 // s, 16 // s, seed=s + k) for s in (1, 2, 4)] for k in (0, 9)]
@@ -151,6 +153,42 @@ def test_mmcv(mmcv_ops: ModuleType) -> None:
     x = torch.rand(2, 4, 7, 5)
     with patch("mmcv"):
         torch.testing.assert_close(net(x), ours(x), rtol=0, atol=0)
+
+
+def test_mmagic(mmagic: ModuleType) -> None:
+    """Its alignments and networks under patch("mmagic"), where mmcv has no compiled part."""
+    editors = "mmagic.models.editors"
+    edvr = importlib.import_module(f"{editors}.edvr.edvr_net")
+    plus_plus = importlib.import_module(f"{editors}.basicvsr_plusplus_net.basicvsr_plusplus_net")
+    warp = importlib.import_module("mmagic.models.utils.flow_warp")
+
+    levels = [[uniform(1, 8, 12 // s, 16 // s, seed=s + k) for s in (1, 2, 4)] for k in (0, 9)]
+    flows = [uniform(1, 2, 6, 5, seed=s) * 3 for s in (2, 3)]
+    states = uniform(1, 8, 6, 5), uniform(1, 12, 6, 5, seed=1), *flows
+    options = {"padding": 1, "deform_groups": 2, "max_residue_magnitude": 3}
+    image, flow = uniform(2, 3, 9, 7), uniform(2, 9, 7, 2, seed=1) * 8
+    expected = warp.flow_warp(image, flow)
+    network = plus_plus.BasicVSRPlusPlusNet(8, 1)  # 16 groups of offsets share 16 channels
+    frames = torch.rand(1, 2, 3, 64, 64)  # the smallest that it takes
+    with pytest.raises(NotImplementedError):
+        network(frames)
+    pairs: list[tuple[Any, Any, Any]] = [
+        (edvr.PCDAlignment(8, 4), mmagic_drop_ins.PCDAlignment(8, 4), levels),
+        (
+            plus_plus.SecondOrderDeformableAlignment(8, 4, 3, **options),
+            mmagic_drop_ins.SecondOrderDeformableAlignment(8, 4, 3, **options),
+            states,
+        ),
+    ]
+    with patch("mmagic"):
+        for theirs, ours, arguments in pairs:
+            theirs = liven(theirs).double()
+            ours.double().load_state_dict(theirs.state_dict())
+            torch.testing.assert_close(theirs(*arguments), ours(*arguments))
+        torch.testing.assert_close(plus_plus.flow_warp(image, flow), expected)
+        assert network(frames).shape == (1, 2, 3, 256, 256)
+    with pytest.raises(NotImplementedError):
+        network(frames)
 
 
 def _mean_error(actual: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The network under DistributedDataParallel."""
+"""The network under DistributedDataParallel, the ops under fully sharded parameters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from small_model import build
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+import mafnet_ops
 
 CLIPS = 2
 
@@ -44,3 +48,74 @@ def test_gradients_are_the_mean_over_processes(tmp_path: Path) -> None:
     for name, grad in expected.items():
         assert grad is not None and actual[name] is not None, name
         torch.testing.assert_close(actual[name], grad, rtol=1e-9, atol=1e-12 * largest, msg=name)
+
+
+class Aligned(nn.Module):
+    """Every op that owns parameters, at one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.align = mafnet_ops.DeformAlign(4, 4, max_residue_magnitude=0.25)
+        self.convolution = mafnet_ops.ModulatedDeformConv2d(4, 4, 3, padding=1)
+        self.attention = mafnet_ops.SelfAttention(4, 2, window=4)
+        self.pyramid = mafnet_ops.PyramidSpatialAttention(4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        raw = image.repeat(1, 7, 1, 1)[:, :27]
+        warped = mafnet_ops.flow_warp(image, raw[:, :2].permute(0, 2, 3, 1))
+        aligned = self.align(warped, raw)
+        convolved = self.convolution(aligned, raw[:, :18], raw[:, 18:].sigmoid())
+        out: Tensor = self.pyramid(self.attention(convolved))
+        return out
+
+
+def _aligned() -> Aligned:
+    torch.manual_seed(0)
+    net = Aligned().double()
+    nn.init.ones_(net.attention.gamma)
+    return net
+
+
+def _images() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.rand(CLIPS, 4, 9, 7, generator=generator, dtype=torch.float64)
+
+
+def _train_in_shards(rank: int, folder: str) -> None:
+    """Two steps of SGD on one image, the parameters of every module and their gradients cut in two."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=CLIPS
+    )
+    net = _aligned()
+    mesh = init_device_mesh("cpu", (CLIPS,))
+    for part in (*net.children(), net):
+        fully_shard(part, mesh=mesh)
+    _step_twice(net, _images()[rank : rank + 1])
+    whole = {name: value.full_tensor() for name, value in net.state_dict().items()}
+    if rank == 0:
+        torch.save(whole, f"{folder}/parameters.pt")
+    distributed.destroy_process_group()
+
+
+def _step_twice(net: nn.Module, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(images).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+def test_sharded_parameters_train_as_whole_ones(tmp_path: Path) -> None:
+    """fully_shard hands the ops parameters that it gathers before a call and takes apart after it."""
+    multiprocessing.spawn(_train_in_shards, (str(tmp_path),), nprocs=CLIPS)
+    actual = torch.load(tmp_path / "parameters.pt")
+    net, start = _aligned(), _aligned().state_dict()
+    _step_twice(net, _images())
+    assert actual.keys() == start.keys()
+    for name, expected in net.state_dict().items():
+        # What all keys share, softmax does not see.
+        moved = not torch.equal(expected, start[name])
+        assert moved or name == "attention.key.bias", f"{name} did not move"
+        torch.testing.assert_close(actual[name], expected, rtol=1e-9, atol=1e-12, msg=name)

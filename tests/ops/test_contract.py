@@ -296,10 +296,11 @@ def test_opcheck(contract: Contract, device: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(op, arguments(tensors))
 
 
-@feature("torch.compile: one graph, dynamic shapes")
+@feature("torch.compile: one graph, dynamic shapes, by inductor too")
 @ops
-def test_compile(contract: Contract) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile(contract: Contract, backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
     torch._dynamo.reset()
     compiled = torch.compile(contract.call, backend=counter, fullgraph=True, dynamic=True)
     graphs = []
