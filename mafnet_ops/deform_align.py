@@ -82,8 +82,7 @@ def deform_align(
     device = input.device.type
     if device != "cpu" and parts > 1 and flow_2 is None:
         raw, parts = _repeat(raw, parts), 1
-    only_on_cpu = parts > 1 or reach == math.inf
-    if device not in _NATIVE_DEVICES or (only_on_cpu and device != "cpu"):
+    if device not in _NATIVE_DEVICES or (parts > 1 and device != "cpu"):
         # The prologue in PyTorch, then whatever runs the convolution here.
         offset, mask = _offsets(raw, flow_1, flow_2, reach, parts)
         return modulated_deform_conv2d(input, offset, mask, weight, bias, *pairs(geometry))

@@ -129,7 +129,7 @@ def align_offsets_loop(
     taps: int,
     max_residue_magnitude: float,
 ) -> tuple[Tensor, Tensor]:
-    """Offsets and mask of a deformable alignment, channel by channel."""
+    """Offsets and mask of a deformable alignment, channel by channel; no tanh where the residue is infinite."""
     values = to_array(raw)
     pairs = values.shape[1] // 3  # G * K
     offset, mask = np.zeros_like(values[:, : 2 * pairs]), np.zeros_like(values[:, :pairs])
@@ -138,7 +138,9 @@ def align_offsets_loop(
         flow = flow_1 if flow_2 is None or group < groups / 2 else flow_2
         for axis in (0, 1):  # dy, dx
             channel = 2 * pair + axis
-            offset[:, channel] = max_residue_magnitude * np.tanh(values[:, channel])
+            offset[:, channel] = values[:, channel]
+            if math.isfinite(max_residue_magnitude):
+                offset[:, channel] = max_residue_magnitude * np.tanh(values[:, channel])
             if flow is not None:
                 offset[:, channel] += to_array(flow)[..., 1 - axis]
         mask[:, pair] = 1 / (1 + np.exp(-values[:, 2 * pairs + pair]))

@@ -83,13 +83,17 @@ DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dP
                            plane * stride(p.mask_stride[1]) + pixel * stride(p.mask_stride[2]));
   }
   if constexpr (kRaw) {
-    const A reach = static_cast<A>(p.raw.max_residue), y = tanh(c.dy), x = tanh(c.dx);
     c.mask = sigmoid(c.mask);
-    c.chain[0] = reach * (1 - y * y);
-    c.chain[1] = reach * (1 - x * x);
     c.chain[2] = c.mask * (1 - c.mask);
-    c.dy = reach * y;
-    c.dx = reach * x;
+    const A reach = static_cast<A>(p.raw.max_residue);
+    if (!isinf(reach)) {
+      c.dy = tanh(c.dy);
+      c.dx = tanh(c.dx);
+      c.chain[0] = reach * (1 - c.dy * c.dy);
+      c.chain[1] = reach * (1 - c.dx * c.dx);
+      c.dy *= reach;
+      c.dx *= reach;
+    }
     const int i = p.raw.flow_of(offset_group, p.offset_groups);
     const void* flow = i == 0 ? origin.flow[0] : origin.flow[1];
     if (flow != nullptr) {

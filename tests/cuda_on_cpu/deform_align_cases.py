@@ -37,6 +37,7 @@ class AlignCase:
     flows: int = 0
     parts: int = 1
     float_flow: bool = True  # beside half-precision features
+    residue: float = RESIDUE  # infinite: no tanh
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
         """Raw values whose offsets, with the flows, are those of the convolution's own case."""
@@ -55,7 +56,9 @@ class AlignCase:
         for i, flow in enumerate(flows):
             base = flow.double().permute(0, 3, 1, 2).flip(1).repeat(1, share // 2, 1, 1)
             offset[:, i * share : (i + 1) * share] -= base
-        raw = torch.cat([(offset / RESIDUE).atanh(), mask.clamp(0.02, 0.98).logit()], 1)
+        if math.isfinite(self.residue):
+            offset = (offset / self.residue).atanh()
+        raw = torch.cat([offset, mask.clamp(0.02, 0.98).logit()], 1)
         raw = raw.to(dtype)
         if self.convolution.channels_last and not self.convolution.planar_offset:
             raw = raw.contiguous(memory_format=torch.channels_last)
@@ -85,6 +88,7 @@ ALIGN_CASES = {
     "one flow, 65 pixels, 17 to 65 channels": AlignCase(
         Case(1, 17, 65, (5, 13), (1, 1), padding=(0, 0), channels_last=True), 1
     ),
+    "no bound, one flow": AlignCase(Case(offset_groups=2), 1, residue=math.inf),
     "one column": AlignCase(Case(size=(7, 1), kernel=(3, 1), padding=(1, 0)), 1),
 }
 
@@ -95,6 +99,9 @@ ALIGN_TENSOR_CORE_CASES = {
     ),
     "128 channels, 8 offset groups, no flow, planar": AlignCase(
         Case(1, 128, 24, (4, 5), offset_groups=8, channels_last=True, planar_offset=True)
+    ),
+    "32 channels, no bound, two flows": AlignCase(
+        Case(1, 32, 8, (4, 5), offset_groups=4, channels_last=True), 2, residue=math.inf
     ),
     "96 channels in 3 parts of 4 offset groups, one flow": AlignCase(
         Case(1, 96, 16, (4, 5), offset_groups=4, channels_last=True), 1, 3, float_flow=False
@@ -111,7 +118,9 @@ def offsets_torch(case: AlignCase, tensors: dict[str, Any]) -> tuple[Tensor, Ten
     """Offset and mask of all parts, differentiable, in fp32 at least."""
     raw = tensors["raw"].to(torch.promote_types(tensors["raw"].dtype, torch.float32))
     pairs = raw.shape[1] // 3
-    offset = RESIDUE * raw[:, : 2 * pairs].tanh()
+    offset = raw[:, : 2 * pairs]
+    if math.isfinite(case.residue):
+        offset = case.residue * offset.tanh()
     flows = [tensors[name] for name in ("flow_1", "flow_2") if tensors[name] is not None]
     if flows:
         base = [f.to(raw.dtype)[..., [1, 0]].permute(0, 3, 1, 2) for f in flows]
@@ -139,7 +148,7 @@ def split(tensors: dict[str, Any]) -> list[Any]:
 
 def options_of(case: AlignCase, tensors: dict[str, Any]) -> dict[str, Any]:
     flows = {name: tensors[name] for name in ("flow_1", "flow_2")}
-    return {**flows, "max_residue": RESIDUE, "parts": case.parts}
+    return {**flows, "max_residue": case.residue, "parts": case.parts}
 
 
 def align(
@@ -187,7 +196,7 @@ def hold_align(actual: Tensor, case: AlignCase, tensors: dict[str, Any], what: s
     convolution = case.convolution
     flows = tensors["flow_1"], tensors["flow_2"]
     taps = math.prod(convolution.kernel)
-    offset, mask = align_offsets_loop(tensors["raw"], *flows, taps, RESIDUE)
+    offset, mask = align_offsets_loop(tensors["raw"], *flows, taps, case.residue)
     offset, mask = repeated(offset, case.parts), repeated(mask, case.parts)
     rest = tensors["weight"], tensors["bias"], *convolution.geometry
     exact = deform_conv2d_loop(tensors["input"], offset, mask, *rest)
@@ -324,7 +333,7 @@ def probe() -> list[Check]:
         partial(check_saturated_head, dtype=half, channels=64),
     ]
     random = ("random",)
-    for name in ("no flow", "two flows, 2 parts over 3 groups, half flow"):
+    for name in ("no flow", "no bound, one flow", "two flows, 2 parts over 3 groups, half flow"):
         case = ALIGN_CASES[name]
         checks += [
             partial(check_align, case=case, dtype=half, orders=random),
