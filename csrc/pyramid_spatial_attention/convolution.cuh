@@ -9,22 +9,12 @@
 // Where suits_tensor_cores, the kernel of tensor_core.cuh does it.
 #pragma once
 
-#include "pyramid_spatial_attention/features.cuh"
+#include "pyramid_spatial_attention/tensor_core.cuh"
 
 namespace mafnet {
 
-// The right operand, and the size of the result.
-template <typename T>
-struct Product {
-  const T* weight;
-  int64_t output_stride, slot_stride, channel_stride;
-  int outputs, channels, taps;
-  int64_t pixels;  // of all images
-  int height, width;
-};
-
 // 16 x 16 threads with 4 x 4 sums each; a thread fetches 4 channels of one pixel.
-constexpr int kTile = 64, kDepth = 16, kOwn = 4;
+constexpr int kDepth = 16;
 static_assert((kTile / kOwn) * (kTile / kOwn) == kThreads);
 static_assert(kTile * kDepth == kThreads * kOwn);
 constexpr int kPadding = 4;  // of rows whose writers stride over them
@@ -91,37 +81,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int N, typename A>
-DEVICE void add_bias(const T* bias, int outputs, int o, A (&sums)[N]) {
-  if (bias == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (o + i < outputs) sums[i] += to_accumulator(bias[o + i]);
-  }
-}
-
-// Bias and activation. T is the type of the bias, D that of the result.
-template <typename T, typename D>
-struct Activate {
-  View<D> output;
-  const T* bias;  // may be null
-  double slope;
-
-  bool channels_last() const { return output.stride[1] == 1; }
-
-  template <int N, typename A>
-  DEVICE void store(const Place& place, int o, A (&sums)[N]) const {
-    add_bias(bias, output.channels, o, sums);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sums[i] = leaky_relu(sums[i], static_cast<A>(slope));
-    write_group(output, place, o, sums);
-  }
-};
-
 template <typename T, typename Features, typename Epilogue>
 int launch_product(const Product<T>& p, const Features& features, const Epilogue& epilogue,
                    void* stream) {
   if (p.pixels * p.outputs == 0) return 0;
+  if constexpr (sizeof(T) == 2) {
+    if (suits_tensor_cores(p, features)) return launch_tensor_core(p, features, epilogue, stream);
+  }
   const dim3 grid(static_cast<unsigned>(divide_up(p.pixels, kTile)),
                   static_cast<unsigned>(divide_up(p.outputs, kTile)));
   return launch(pyramid_conv_kernel<T, Features, Epilogue>, grid, dim3(kThreads), 0, stream, p,

@@ -3,7 +3,7 @@
 // that are made of others (pooled, resized, times a slope) are never stored.
 #pragma once
 
-#include <limits>
+#include <cmath>
 
 #include "pyramid_spatial_attention/image.cuh"
 
@@ -85,10 +85,9 @@ struct Pooled {
 
   template <int N, typename A>
   DEVICE void load(const Place& place, int, int c, A (&values)[2][N]) const {
-    constexpr A kLowest = -std::numeric_limits<A>::infinity();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      values[0][i] = kLowest;
+      values[0][i] = static_cast<A>(-INFINITY);
       values[1][i] = 0;
     }
 #pragma unroll

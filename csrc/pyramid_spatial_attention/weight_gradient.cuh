@@ -59,7 +59,7 @@ DEVICE void advance(Place& place, int step, int height, int width) {
 }
 
 template <typename T, typename Features, typename Gradients>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8 / sizeof(Accumulator<T>))
     pyramid_conv_backward_weight_kernel(const WeightSums p, const Features features,
                                         const Gradients gradients, Accumulator<T>* partials,
                                         int64_t range_pixels, bool features_last,

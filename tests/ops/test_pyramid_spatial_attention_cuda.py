@@ -50,6 +50,37 @@ def test_channels_around_vectors_and_tiles(kernels: Kernels, op: str, channels: 
 
 
 @pytest.mark.parametrize("op", CONVOLUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tensor_cores(kernels: Kernels, op: str, dtype: torch.dtype) -> None:
+    """Steps of 32 channels that are not full, two tiles of outputs, tiles of 128 pixels, odd layouts beside."""
+    size = (3, 7) if op == "resize_conv" else None
+    for channels, out in ((8, 8), (40, 72), (16, 12)):
+        part = Part.random(op, (1, channels, 5, 4), out, size, dtype, "channels_last")
+        part.check(kernels)
+        strided = laid_out(part.grad_output, "strided")
+        replace(part, grad_output=strided).check(kernels)
+    size = (11, 25) if op == "resize_conv" else None
+    Part.random(op, (1, 8, 12, 26), 8, size, dtype, "channels_last").check(kernels)
+
+
+def test_more_weights_than_fit(kernels: Kernels) -> None:
+    """27 steps of a 3 x 3 kernel, and 20 of two parts, of which shared memory holds 18."""
+    Part.random("resize_conv", (1, 72, 2, 3), 8, None, torch.float16, "channels_last").check(
+        kernels
+    )
+    Part.random("pool_concat_conv", (1, 320, 3, 3), 8, None, torch.float16, "channels_last").check(
+        kernels
+    )
+
+
+def test_blocks_that_walk_over_tiles(kernels: Kernels) -> None:
+    """More tiles of 128 pixels than the 264 blocks that share them."""
+    part = Part.random("pointwise_conv", (1, 8, 2, 16920), dtype=torch.float16, layout="channels_last")
+    output = part.forward(kernels)
+    part.check_results(output, {})
+
+
+@pytest.mark.parametrize("op", CONVOLUTIONS)
 @pytest.mark.parametrize("out", [1, 5, 72])
 def test_other_numbers_of_outputs(kernels: Kernels, op: str, out: int) -> None:
     for layout in ("contiguous", "channels_last"):
@@ -159,8 +190,8 @@ def test_the_first_of_equal_maxima_and_the_last_nan_win(kernels: Kernels) -> Non
 
 @parts
 def test_nan_stays_where_it_belongs(kernels: Kernels, op: str) -> None:
-    """One pixel is NaN: so are the outputs that it reaches, and no others."""
-    size = (7, 9) if op in RESIZED else None
+    """One pixel is NaN: so are the outputs that it reaches, and no others. None has a weight of zero."""
+    size = (8, 10) if op in RESIZED else None
     for layout in ("contiguous", "channels_last"):
         part = Part.random(op, (2, 8, 4, 5), None, size, layout=layout)
         spoilt = part.images[0].clone()
