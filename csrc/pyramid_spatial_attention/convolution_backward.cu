@@ -64,10 +64,9 @@ Product<T> transposed(const PyramidConvParams& p, ConvForm form) {
 }
 
 // From the map in workspace to grad_input.
-int launch_transpose(const PyramidConvParams& p, ConvForm form, void* map, Dtype dtype,
-                     void* stream) {
+int launch_transpose(const PyramidConvParams& p, ConvForm form, void* map, void* stream) {
   const int64_t channels = map_channels(p, form), row = p.out_width * channels;
-  const Source gradients{map, dtype, {p.out_height * row, 1, row, channels}};
+  const Source gradients{map, p.dtype, {p.out_height * row, 1, row, channels}};
   if (form == ConvForm::kPool) return launch_unpool_accumulators(p, gradients, stream);
   ResizeAddParams resize{};
   resize.dtype = p.dtype;
@@ -106,8 +105,7 @@ int launch_grad_input(const PyramidConvParams& p, ConvForm form, Accumulator<T>*
   const Activate<T, A> epilogue{view, nullptr, 1};
   const int status = launch_product(product, gradients, epilogue, stream);
   if (status != 0) return status;
-  const Dtype dtype = sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
-  return launch_transpose(p, form, map, dtype, stream);
+  return launch_transpose(p, form, map, stream);
 }
 
 template <typename T>

@@ -34,8 +34,11 @@ struct View {
   }
 };
 
+// The elements of a load or store: at most 16 bytes.
 template <typename T, int N>
-constexpr int kVector = N * sizeof(T) < 16 ? N : 16 / sizeof(T);
+constexpr bool kIsOneVector = N * sizeof(T) <= 16;
+template <typename T, int N>
+constexpr int kVector = kIsOneVector<T, N> ? N : 16 / sizeof(T);
 
 // values = channels c ... c + N - 1; zeros past the last.
 template <typename T, int N, typename A>
@@ -128,7 +131,7 @@ int64_t item_count(int64_t pixels, int channels) {
 
 // The channels of an elementwise thread: 16 bytes, or two times 16 of double.
 template <typename T>
-constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
+constexpr int kGroup = 4 * sizeof(Accumulator<T>) / sizeof(T);
 
 // The largest of what came before and v; a NaN wins, as in PyTorch.
 template <typename A>

@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename Features, typename Gradients>
 int launch_weight_gradient(const WeightSums& p, const Features& features,
                            const Gradients& gradients, void* workspace, void* stream) {
-  if (!p.wanted()) return 0;
+  if (!p.wanted() || p.outputs == 0) return 0;
   auto* partials = static_cast<Accumulator<T>*>(workspace);
   const int64_t ranges = range_count(p);
-  if (ranges > 0 && p.outputs > 0) {
+  if (ranges > 0) {
     const int64_t steps = divide_up(divide_up(p.pixels, kStepPixels), ranges);
     const int64_t channel_tiles = std::max<int64_t>(1, divide_up(p.channels, kTile));
     const dim3 grid(static_cast<unsigned>(ranges),

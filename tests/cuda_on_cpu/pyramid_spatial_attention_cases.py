@@ -175,7 +175,7 @@ class Part:
     def check(self, kernels: Kernels, orders: tuple[str, ...] = ("random",)) -> None:
         """Forward and backward against the reference, the same bits in every order.
 
-        Backward is told the exact output: in half precision the sign of one near zero may differ, and the slope with it.
+        Backward is told the exact output: the sign of one near zero may differ, and the slope with it.
         """
         first: list[Tensor] = []
         exact = self.reference()[0]

@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import flow_warp_cases, modulated_deform_conv2d_probe
+from cuda_on_cpu import (
+    flow_warp_cases,
+    modulated_deform_conv2d_probe,
+    pyramid_spatial_attention_probe,
+)
 from cuda_on_cpu.build import CSRC, build
 from cuda_on_cpu.emulator import Kernels, needs_emulator, op_library
 from cuda_on_cpu.mutants import Mutant, find, kernel_files
@@ -150,6 +154,26 @@ OPS = {
     "modulated_deform_conv2d": Op(
         modulated_deform_conv2d_probe.probe,
         idle=DEFORM_IDLE,
+    ),
+    "pyramid_spatial_attention": Op(
+        pyramid_spatial_attention_probe.probe,
+        idle={
+            **{
+                (file, "status != 0"): _NO_FAILURE
+                for file in ("convolution_backward.cu", "gate_backward.cu", "weight_gradient.cuh")
+            },
+            ("convolution_backward.cu", "p.grad_input.data != nullptr"): "workspace for nobody",
+            ("image.cuh", "channels_last"): "which thread does what",
+            (
+                "tensor_core.cuh",
+                "units > kMostUnits || tile == blockIdx.x",
+            ): "saves reading the same weights again",
+            ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
+            (
+                "weight_gradient.cuh",
+                "!p.wanted() || p.outputs == 0",
+            ): "saves sums that nobody stores",
+        },
     ),
 }
 

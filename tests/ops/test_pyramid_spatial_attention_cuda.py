@@ -75,7 +75,9 @@ def test_more_weights_than_fit(kernels: Kernels) -> None:
 
 def test_blocks_that_walk_over_tiles(kernels: Kernels) -> None:
     """More tiles of 128 pixels than the 264 blocks that share them."""
-    part = Part.random("pointwise_conv", (1, 8, 2, 16920), dtype=torch.float16, layout="channels_last")
+    part = Part.random(
+        "pointwise_conv", (1, 8, 2, 16920), dtype=torch.float16, layout="channels_last"
+    )
     output = part.forward(kernels)
     part.check_results(output, {})
 

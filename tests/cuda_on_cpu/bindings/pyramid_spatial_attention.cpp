@@ -1,11 +1,10 @@
 // Binds the CUDA launchers of pyramid spatial attention. Images are in the order N C H W. What a
 // backward is given besides its forward's arrays: grad_output, output, and any of the gradients.
-#include "pyramid_spatial_attention/params.h"
-
 #include <algorithm>
 
 #include "binding.h"
 #include "dtypes.h"
+#include "pyramid_spatial_attention/params.h"
 
 namespace {
 
