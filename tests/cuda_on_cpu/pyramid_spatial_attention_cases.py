@@ -142,7 +142,7 @@ class Part:
         else:
             numbers = self.numbers()
             if self.op != "pool_concat":
-                arrays["workspace"] = torch.full((1 << 21,), 0x7F, dtype=torch.uint8)
+                arrays["workspace"] = torch.full((self.workspace(),), 0x7F, dtype=torch.uint8)
             if self.op in CONVOLUTIONS:
                 arrays["output"] = output
             forward_only = "bias" if self.op in CONVOLUTIONS else ""
@@ -160,6 +160,15 @@ class Part:
         report = kernels.run(f"{self.op}_backward", order=order, **arrays, **numbers)
         report.raise_if_any()
         return grads
+
+    def workspace(self) -> int:
+        """No fewer bytes than a backward asks for: sums of each 512 pixels, and a map."""
+        weight = self.parameters[0]
+        assert weight is not None
+        pixels = math.prod(self.size) * self.images[0].shape[0]
+        sums = -(-pixels // 512) * (weight.numel() + weight.shape[0]) + 4
+        element = 8 if weight.dtype == torch.float64 else 4
+        return element * (sums + 2 * self.images[0].shape[1] * pixels)
 
     # ----------------------------------------------------------------------------------- checks
 

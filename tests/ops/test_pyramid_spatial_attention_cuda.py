@@ -122,9 +122,9 @@ def test_ranges_of_pixels(kernels: Kernels) -> None:
 @parts
 def test_layouts(kernels: Kernels, op: str) -> None:
     """Channels last with gaps, and one image in an odd layout beside dense ones."""
-    dense = Part.random(op, (2, 8, 4, 5), dtype=torch.float16, layout="channels_last")
+    dense = Part.random(op, (2, 8, 3, 4), dtype=torch.float16, layout="channels_last")
     for layout in LAYOUTS:
-        other = Part.random(op, (2, 8, 4, 5), dtype=torch.float16, layout=layout)
+        other = Part.random(op, (2, 8, 3, 4), dtype=torch.float16, layout=layout)
         other.check(kernels)
         replace(dense, images=other.images).check(kernels)
         replace(dense, grad_output=other.grad_output).check(kernels)
