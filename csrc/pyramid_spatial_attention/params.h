@@ -17,8 +17,11 @@ struct ImageOf {
 using Source = ImageOf<const void*>;
 using Target = ImageOf<void*>;
 
-// output = leaky_relu(W f(input) + bias). f is nothing (pointwise_conv), both poolings side by side
-// (pool_concat_conv) or a bilinear resize (resize_conv). pool_concat is f alone.
+// f of the convolutions below: nothing (pointwise_conv), both poolings side by side
+// (pool_concat_conv) or a bilinear resize under a 3 x 3 kernel (resize_conv).
+enum class ConvForm { kPointwise, kPool, kResize };
+
+// output = leaky_relu(W f(input) + bias). pool_concat is f alone.
 struct PyramidConvParams {
   Dtype dtype;  // of every tensor
   int64_t batch;
@@ -34,6 +37,7 @@ struct PyramidConvParams {
   Target grad_input;   // null data where not wanted, as both below
   void* grad_weight;
   void* grad_bias;
+  void* workspace;  // CUDA: pyramid_conv_workspace bytes
 };
 
 // output = resize(input) + other; backward: grad_input = the transpose of resize on grad_output.
@@ -62,7 +66,12 @@ struct SpatialGateParams {
   Target grad_input, grad_mask;
   void* grad_weight;
   void* grad_bias;
+  void* workspace;  // CUDA: spatial_gate_workspace bytes
 };
+
+// The bytes that a backward on CUDA needs, with the gradients that params ask for.
+int64_t pyramid_conv_workspace(const PyramidConvParams& params, ConvForm form);
+int64_t spatial_gate_workspace(const SpatialGateParams& params);
 
 // Each returns 0 or a CUDA error; stream is a cudaStream_t, unused on the CPU.
 int launch_pointwise_conv_forward(const PyramidConvParams& params, void* stream);

@@ -1,0 +1,62 @@
+// pointwise_conv, pool_concat_conv and resize_conv forward: one launch each. Per output pixel the
+// input is read once from DRAM, and nothing is written but the output.
+#include "pyramid_spatial_attention/convolution.cuh"
+
+namespace mafnet {
+namespace {
+
+template <typename T>
+Product<T> product_of(const PyramidConvParams& p, ConvForm form) {
+  const int64_t slots = form == ConvForm::kResize ? 9 : form == ConvForm::kPool ? 2 : 1;
+  const bool is_kernel = form == ConvForm::kResize;  // the taps of a channel lie side by side
+  return {static_cast<const T*>(p.weight),
+          slots * p.channels,
+          is_kernel ? 1 : p.channels,
+          is_kernel ? 9 : 1,
+          p.out_channels,
+          p.channels,
+          is_kernel ? 9 : 1,
+          p.batch * p.out_height * p.out_width,
+          p.out_height,
+          p.out_width};
+}
+
+template <typename T>
+int launch_form(const PyramidConvParams& p, ConvForm form, void* stream) {
+  const Product<T> product = product_of<T>(p, form);
+  const Activate<T, T> epilogue{view_of<T, kOwn>(p.output, p.out_channels),
+                                static_cast<const T*>(p.bias), p.negative_slope};
+  const auto image = view_of<const T, kOwn>(p.input, p.channels);
+  if (form == ConvForm::kPool) {
+    return launch_product(product, Pooled<T>{image, p.height, p.width}, epilogue, stream);
+  }
+  if (p.height == p.out_height && p.width == p.out_width) {
+    return launch_product(product, Pixels<T>{image, p.height, p.width, product.taps}, epilogue,
+                          stream);
+  }
+  return launch_product(
+      product, Resized<T>{image, p.height, p.width, p.out_height, p.out_width, product.taps},
+      epilogue, stream);
+}
+
+int launch_forward(const PyramidConvParams& p, ConvForm form, void* stream) {
+  return dispatch_dtype<__half, __nv_bfloat16>(p.dtype, [&](auto type) {
+    return launch_form<typename decltype(type)::type>(p, form, stream);
+  });
+}
+
+}  // namespace
+
+int launch_pointwise_conv_forward(const PyramidConvParams& p, void* stream) {
+  return launch_forward(p, ConvForm::kPointwise, stream);
+}
+
+int launch_pool_concat_conv_forward(const PyramidConvParams& p, void* stream) {
+  return launch_forward(p, ConvForm::kPool, stream);
+}
+
+int launch_resize_conv_forward(const PyramidConvParams& p, void* stream) {
+  return launch_forward(p, ConvForm::kResize, stream);
+}
+
+}  // namespace mafnet

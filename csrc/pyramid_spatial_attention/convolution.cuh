@@ -1,0 +1,97 @@
+// The convolutions of pyramid spatial attention, of any dtype and strides: outputs(pixel, o) = sum
+// over slots and channels of weight(o, slot, c) * features(pixel, slot, c), given to an epilogue. A
+// slot is a tap of the kernel, or one of the parts of a feature.
+//
+// A block owns 64 pixels and 64 outputs. It walks over taps and channels, kDepth at a time:
+// features are made and weights read into shared memory, a thread sums 4 x 4. Features are made
+// once per 64 outputs; neighbours' pixels come from L1.
+//
+// Where suits_tensor_cores, the kernel of tensor_core.cuh does it.
+#pragma once
+
+#include "pyramid_spatial_attention/tensor_core.cuh"
+
+namespace mafnet {
+
+// 16 x 16 threads with 4 x 4 sums each; a thread fetches 4 channels of one pixel.
+constexpr int kDepth = 16;
+static_assert((kTile / kOwn) * (kTile / kOwn) == kThreads);
+static_assert(kTile * kDepth == kThreads * kOwn);
+constexpr int kPadding = 4;  // of rows whose writers stride over them
+
+template <typename T, typename Features, typename Epilogue>
+__global__ void __launch_bounds__(kThreads)
+    pyramid_conv_kernel(const Product<T> p, const Features features, const Epilogue epilogue,
+                        bool features_last, bool outputs_last) {
+  using A = Accumulator<T>;
+  constexpr int kParts = Features::kParts;
+  SHARED(A, samples, [kParts * kDepth][kTile + kPadding]);
+  SHARED(A, weights, [kParts * kDepth][kTile + kPadding]);
+  const int thread = threadIdx.x;
+  const int64_t first_pixel = int64_t{blockIdx.x} * kTile;
+  const int first_output = static_cast<int>(blockIdx.y) * kTile;
+
+  // What this thread fetches. Neighbouring threads take what lies side by side in memory. Pixels
+  // past the end repeat the last one and are not stored.
+  const int row = features_last ? thread / (kDepth / kOwn) : thread % kTile;
+  const int group = features_last ? thread % (kDepth / kOwn) : thread / kTile;
+  const Place place = place_of(min(first_pixel + row, p.pixels - 1), p.height, p.width);
+  const int weight_channel = thread % kDepth, weight_output = thread / kDepth;
+
+  // What it sums: pixels pixel + 16 i, outputs output ... output + 3.
+  const int pixel = outputs_last ? thread / (kTile / kOwn) : thread % (kTile / kOwn);
+  const int output = (outputs_last ? thread % (kTile / kOwn) : thread / (kTile / kOwn)) * kOwn;
+  A sums[kOwn][kOwn] = {};
+  for (int tap = 0; tap < p.taps; ++tap) {
+    for (int first = 0; first < p.channels; first += kDepth) {
+      A values[kParts][kOwn];
+      features.load(place, tap, first + kOwn * group, values);
+      __syncthreads();  // all have left what is overwritten
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const int c = first + weight_channel;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          samples[part * kDepth + kOwn * group + i][row] = values[part][i];
+          const int own = weight_output + i * (kThreads / kDepth), o = first_output + own;
+          const T* weight = p.weight + o * p.output_stride + c * p.channel_stride +
+                            (tap * kParts + part) * p.slot_stride;
+          const bool known = c < p.channels && o < p.outputs;
+          weights[part * kDepth + weight_channel][own] = known ? to_accumulator(*weight) : A(0);
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kParts * kDepth; ++k) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const A sample = samples[k][pixel + i * (kTile / kOwn)];
+#pragma unroll
+          for (int j = 0; j < kOwn; ++j) sums[i][j] += sample * weights[k][output + j];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int64_t at = first_pixel + pixel + i * (kTile / kOwn);
+    if (at < p.pixels) {
+      epilogue.store(place_of(at, p.height, p.width), first_output + output, sums[i]);
+    }
+  }
+}
+
+template <typename T, typename Features, typename Epilogue>
+int launch_product(const Product<T>& p, const Features& features, const Epilogue& epilogue,
+                   void* stream) {
+  if (p.pixels * p.outputs == 0) return 0;
+  if constexpr (sizeof(T) == 2) {
+    if (suits_tensor_cores(p, features)) return launch_tensor_core(p, features, epilogue, stream);
+  }
+  const dim3 grid(static_cast<unsigned>(divide_up(p.pixels, kTile)),
+                  static_cast<unsigned>(divide_up(p.outputs, kTile)));
+  return launch(pyramid_conv_kernel<T, Features, Epilogue>, grid, dim3(kThreads), 0, stream, p,
+                features, epilogue, features.channels_last(), epilogue.channels_last());
+}
+
+}  // namespace mafnet

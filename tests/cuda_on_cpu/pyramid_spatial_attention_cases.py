@@ -1,0 +1,218 @@
+"""Calls of pyramid spatial attention's CUDA kernels on the emulator, with what must come out.
+
+For tests/ops/test_pyramid_spatial_attention_cuda.py and for pyramid_spatial_attention_probe.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from cuda_on_cpu.emulator import Kernels
+from cuda_on_cpu.flow_warp_cases import laid_out
+from tolerances import assert_as_accurate, assert_same
+from torch import Tensor
+
+from mafnet_ops import reference
+
+CONVOLUTIONS = ("pointwise_conv", "pool_concat_conv", "resize_conv")
+PARTS = ("pool_concat", "resize_add", "spatial_gate", *CONVOLUTIONS)
+Size = tuple[int, int]
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def result_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What binding.cpp allocates beside an image: channels last where it has them last."""
+    last = tensor.shape[1] > 1 and tensor.stride(1) == 1
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.zeros(shape, dtype=tensor.dtype).contiguous(memory_format=memory_format)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arguments of one of the parts: two images for resize_add and spatial_gate, else one."""
+
+    op: str
+    images: tuple[Tensor, ...]
+    parameters: tuple[Tensor | None, ...]  # weight and bias, or none
+    grad_output: Tensor
+    size: Size  # of the output
+    slope: float = 0.1
+    from_feature: bool = False
+
+    @staticmethod
+    def random(
+        op: str,
+        shape: tuple[int, int, int, int],
+        out: int | None = None,
+        size: Size | None = None,
+        dtype: torch.dtype = torch.float32,
+        layout: str = "contiguous",
+        **options: Any,
+    ) -> Part:
+        """``out`` channels (as many as come in) and ``size`` (that of the input) where the op has a choice."""
+        n, channels, height, width = shape
+        pooled = op.startswith("pool")
+        size = ((height + 1) // 2, (width + 1) // 2) if pooled else size or (height, width)
+        images = [uniform(*shape)]
+        if op in ("resize_add", "spatial_gate"):
+            images.append(uniform(n, channels, *size, seed=1))
+        out = 2 * channels if op == "pool_concat" else out or channels
+        parameters: tuple[Tensor | None, ...] = ()
+        if op not in ("pool_concat", "resize_add"):
+            inputs, kernel = channels * (2 if pooled else 1), 3 if op == "resize_conv" else 1
+            weight = uniform(out, inputs, kernel, kernel, seed=2)
+            weight = weight * (2 / max(1, inputs * kernel * kernel)) ** 0.5
+            parameters = (weight.to(dtype), uniform(out, seed=3).to(dtype))
+        placed = tuple(laid_out(i.to(dtype), layout) for i in images)
+        grad = laid_out(uniform(n, out, *size, seed=4).to(dtype), layout)
+        return Part(op, placed, parameters, grad, size, **options)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (*self.images, *self.parameters)
+
+    def names(self) -> tuple[str, ...]:
+        second = {"resize_add": "other", "spatial_gate": "mask"}
+        images = ("input", second[self.op]) if self.op in second else ("input",)
+        return (*images, *("weight", "bias")[: len(self.parameters)])
+
+    def define(self, *tensors: Any) -> Tensor:
+        """The definition, of the tensors of ``names``."""
+        if self.op == "spatial_gate":
+            mask_from = "feature" if self.from_feature else "m"
+            return reference.spatial_gate(*tensors, 2.0, self.slope, mask_from)
+        options = (*self.size,) if self.op == "resize_conv" else ()
+        slope = (self.slope,) if self.op in CONVOLUTIONS else ()
+        define: Callable[..., Tensor] = getattr(reference, self.op)
+        return define(*tensors, *options, *slope)
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """Output and gradients by PyTorch, in a dtype; the output that backward is told is rounded."""
+        leaves = [
+            None if t is None else t.detach().to(dtype).requires_grad_() for t in self.tensors
+        ]
+        output = self.define(*leaves)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grads = torch.autograd.grad(output, wanted, self.grad_output.to(dtype))
+        return (output.detach(), *grads)
+
+    # ------------------------------------------------------------------------------------ calls
+
+    def numbers(self) -> dict[str, float]:
+        if self.op == "resize_add":
+            return {}
+        if self.op == "spatial_gate":
+            feature = float(self.from_feature)
+            return {"scale": 2.0, "negative_slope": self.slope, "from_feature": feature}
+        out = self.grad_output.shape[1]
+        height, width = self.size
+        options = {"out_channels": out, "out_height": height, "out_width": width}
+        return {**options, "negative_slope": self.slope}
+
+    def forward(self, kernels: Kernels, order: str = "forward") -> Tensor:
+        like = self.images[1] if self.op == "resize_add" else self.images[0]
+        output = result_like(like, tuple(self.grad_output.shape))
+        arrays: dict[str, Any] = dict(zip(self.names(), self.tensors))
+        report = kernels.run(
+            f"{self.op}_forward", order=order, output=output, **arrays, **self.numbers()
+        )
+        report.raise_if_any()
+        return output
+
+    def backward(
+        self,
+        kernels: Kernels,
+        output: Tensor,
+        order: str = "forward",
+        wanted: tuple[str, ...] | None = None,
+    ) -> dict[str, Tensor]:
+        """The wanted gradients by name, of all but resize_add's ``other``."""
+        arrays: dict[str, Any] = {"grad_output": self.grad_output}
+        given = dict(zip(self.names(), self.tensors))
+        if self.op == "resize_add":
+            wanted, numbers = ("input",), {}
+        else:
+            numbers = self.numbers()
+            if self.op != "pool_concat":
+                arrays["workspace"] = torch.full((self.workspace(),), 0x7F, dtype=torch.uint8)
+            if self.op in CONVOLUTIONS:
+                arrays["output"] = output
+            forward_only = "bias" if self.op in CONVOLUTIONS else ""
+            arrays |= {name: t for name, t in given.items() if name != forward_only}
+        present = tuple(name for name, tensor in given.items() if tensor is not None)
+        wanted = wanted if wanted is not None else present
+        grads: dict[str, Tensor] = {}
+        for name in wanted:
+            tensor = given[name]
+            assert tensor is not None
+            image = name in ("input", "mask")
+            shape = tuple(tensor.shape)
+            grads[name] = result_like(tensor, shape) if image else torch.zeros_like(tensor)
+        arrays |= {f"grad_{name}": grad for name, grad in grads.items()}
+        report = kernels.run(f"{self.op}_backward", order=order, **arrays, **numbers)
+        report.raise_if_any()
+        return grads
+
+    def workspace(self) -> int:
+        """No fewer bytes than a backward asks for: sums of each 512 pixels, and a map."""
+        weight = self.parameters[0]
+        assert weight is not None
+        pixels = math.prod(self.size) * self.images[0].shape[0]
+        sums = -(-pixels // 512) * (weight.numel() + weight.shape[0]) + 4
+        element = 8 if weight.dtype == torch.float64 else 4
+        return element * (sums + 2 * self.images[0].shape[1] * pixels)
+
+    # ----------------------------------------------------------------------------------- checks
+
+    def terms(self, name: str) -> int:
+        """How many rounded terms an element of a result sums at most."""
+        channels, out = self.images[0].shape[1], self.grad_output.shape[1]
+        pixels = math.prod(self.size) * self.images[0].shape[0]
+        taps = 9 * 4 if self.op == "resize_conv" else 9 if self.op.startswith("pool") else 4
+        if name in ("weight", "bias"):
+            return 1 + pixels * taps
+        return 1 + taps * 9 * max(1, channels, out)
+
+    def check(self, kernels: Kernels, orders: tuple[str, ...] = ("random",)) -> None:
+        """Forward and backward against the reference, the same bits in every order.
+
+        Backward is told the exact output: the sign of one near zero may differ, and the slope with it.
+        """
+        first: list[Tensor] = []
+        exact = self.reference()[0]
+        for order in orders:
+            output = self.forward(kernels, order)
+            grads = self.backward(kernels, torch.empty_like(output).copy_(exact), order)
+            results = [output, *grads.values()]
+            for one, other in zip(first, results):
+                assert_same(other, one)
+            first = first or results
+        self.check_results(first[0], grads)
+
+    def check_results(self, output: Tensor, grads: dict[str, Tensor]) -> None:
+        exact = self.reference()
+        baseline = exact if output.dtype == torch.float64 else self.reference(torch.float32)
+        results = {"output": output, **grads}
+        names = ["output", *(n for n, t in zip(self.names(), self.tensors) if t is not None)]
+        for name, base, truth in zip(names, baseline, exact):
+            if name in results:
+                actual, as_written = results[name], base.to(results[name].dtype)
+                # On tensor cores features are rounded too: values that are pooled, resized, or times a slope.
+                roundings = 2 if torch.finfo(self.images[-1].dtype).bits == 16 else 1
+                what = f"{self.op} {name}"
+                assert_as_accurate(actual, as_written, truth, what, self.terms(name), roundings)
+
+
+def wide_gate(part: Part) -> Part:
+    """spatial_gate of fp32 images beside a mask in half precision, as under autocast."""
+    assert part.op == "spatial_gate"
+    input, mask = part.images
+    return replace(part, images=(input.float(), mask), grad_output=part.grad_output.float())

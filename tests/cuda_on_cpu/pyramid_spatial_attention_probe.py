@@ -1,0 +1,108 @@
+"""What must notice the loss of any barrier or condition of the kernels of pyramid_spatial_attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from cuda_on_cpu.emulator import Check, Kernels
+from cuda_on_cpu.flow_warp_cases import LAYOUTS, misaligned
+from cuda_on_cpu.pyramid_spatial_attention_cases import CONVOLUTIONS, PARTS, Part, wide_gate
+
+HALF = torch.float16
+IDLE = {
+    ("convolution_backward.cu", "p.grad_input.data != nullptr"): "workspace for nobody",
+    ("image.cuh", "channels_last"): "which thread does what",
+    (
+        "tensor_core.cuh",
+        "units > kMostUnits || tile == blockIdx.x",
+    ): "saves reading the same weights again",
+    ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
+    ("weight_gradient.cuh", "!p.wanted() || p.outputs == 0"): "saves sums that nobody stores",
+}
+
+
+def check_empty(kernels: Kernels, op: str) -> None:
+    empty = Part.random(op, (0, 4, 3, 5))
+    output = empty.forward(kernels)
+    empty.check_results(output, empty.backward(kernels, output))
+
+
+def check_forward(kernels: Kernels, part: Part) -> None:
+    part.check_results(part.forward(kernels), {})
+
+
+def check_one_gradient(kernels: Kernels, part: Part, wanted: str) -> None:
+    output = part.forward(kernels)
+    part.check_results(output, part.backward(kernels, output, wanted=(wanted,)))
+
+
+def check_failing_launches(kernels: Kernels, op: str) -> None:
+    part = Part.random(op, (1, 4, 3, 4))
+    output = part.forward(kernels)
+    kernels.check_failing_launches(lambda: part.backward(kernels, output))
+
+
+def probe() -> list[Check]:
+    return [*probe_parts(), *probe_layouts(), *probe_sizes(), *probe_choices()]
+
+
+def probe_parts() -> list[Check]:
+    """Each part in both layouts and dtypes, on more than one step of pixels; an empty batch; no launch succeeds."""
+    checks: list[Check] = []
+    for op in PARTS:
+        for dtype in (torch.float32, HALF):
+            for layout in ("contiguous", "channels_last"):
+                checks.append(Part.random(op, (2, 8, 5, 6), dtype=dtype, layout=layout).check)
+        checks.append(partial(check_empty, op=op))
+        checks.append(partial(check_failing_launches, op=op))
+    return checks
+
+
+def probe_layouts() -> list[Check]:
+    """Gaps in memory; channels that fill no group, alone and with every pixel aligned."""
+    checks: list[Check] = []
+    for dtype in (torch.float32, HALF):
+        for layout in LAYOUTS:
+            checks += [
+                Part.random("resize_add", (2, 16, 3, 4), dtype=dtype, layout=layout).check,
+                Part.random("pointwise_conv", (2, 13, 2, 3), 8, None, dtype, layout).check,
+            ]
+    dense = Part.random("pointwise_conv", (2, 16, 2, 3), None, None, HALF, "channels_last")
+    return [
+        *checks,
+        Part.random("pointwise_conv", (2, 12, 2, 3), 8, None, HALF, "padded_pixels").check,
+        replace(dense, images=(misaligned(dense.images[0]),)).check,
+        replace(dense, grad_output=misaligned(dense.grad_output)).check,
+    ]
+
+
+def probe_sizes() -> list[Check]:
+    """Tiles and steps that are not full, resizes along one axis, more weights than fit."""
+    large = Part.random("pool_concat_conv", (1, 320, 3, 3), 8, None, HALF, "channels_last")
+    return [
+        Part.random("pointwise_conv", (1, 20, 3, 4), layout="channels_last").check,
+        Part.random("pointwise_conv", (1, 72, 1, 3), 72, None, HALF, "channels_last").check,
+        Part.random("pointwise_conv", (1, 8, 1, 3), 72).check,
+        Part.random("pool_concat", (1, 4, 300, 1)).check,
+        *(Part.random("resize_conv", (1, 4, 3, 4), None, size).check for size in ((5, 4), (3, 7))),
+        Part.random("resize_conv", (1, 12, 3, 4), 8, (5, 6), HALF, "channels_last").check,
+        Part.random("resize_add", (1, 4, 3, 4), None, (7, 6), layout="channels_last").check,
+        partial(check_forward, part=large),
+    ]
+
+
+def probe_choices() -> list[Check]:
+    """Without bias, one gradient alone, the gate of the feature and of fp32 images."""
+    checks: list[Check] = []
+    for op in (*CONVOLUTIONS, "spatial_gate"):
+        part = Part.random(op, (1, 8, 3, 4), None, (5, 6) if op == "resize_conv" else None)
+        checks.append(replace(part, parameters=(part.parameters[0], None)).check)
+        for name in ("input", "weight", "bias", *(("mask",) if op == "spatial_gate" else ())):
+            checks.append(partial(check_one_gradient, part=part, wanted=name))
+    gate = Part.random("spatial_gate", (1, 8, 3, 4), dtype=HALF)
+    checks += [wide_gate(replace(gate, from_feature=how)).check for how in (False, True)]
+    nan = Part.random("pool_concat", (1, 4, 3, 4))
+    nan.images[0][:, :, 1, 1] = torch.nan
+    return [*checks, nan.check]
