@@ -14,12 +14,8 @@ HALF = torch.float16
 IDLE = {
     ("convolution_backward.cu", "p.grad_input.data != nullptr"): "workspace for nobody",
     ("image.cuh", "channels_last"): "which thread does what",
-    (
-        "tensor_core.cuh",
-        "units > kMostUnits || tile == blockIdx.x",
-    ): "saves reading the same weights again",
     ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
-    ("weight_gradient.cuh", "!p.wanted() || p.outputs == 0"): "saves sums that nobody stores",
+    ("weight_gradient.cuh", "!p.wanted()"): "saves sums that nobody stores",
 }
 
 
