@@ -48,6 +48,7 @@ def probe_sizes(kernels: Kernels) -> None:
     Part.random("pointwise_conv", (1, 20, 3, 4), layout="channels_last").check(kernels)
     Part.random("pointwise_conv", (1, 72, 1, 3), 72, None, HALF, "channels_last").check(kernels)
     Part.random("pointwise_conv", (1, 8, 1, 3), 72).check(kernels)
+    Part.random("pointwise_conv", (1, 4, 2, 300)).check(kernels)  # two ranges
     Part.random("pool_concat", (1, 4, 300, 1)).check(kernels)
     for size in ((5, 4), (3, 7)):
         Part.random("resize_conv", (1, 4, 3, 4), None, size).check(kernels)
