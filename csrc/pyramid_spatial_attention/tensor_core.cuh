@@ -67,8 +67,9 @@ DEVICE uint4 fetch_weights(const Product<T>& p, int first_output, int slot, int 
   return pack_lane(weights, T());
 }
 
+// Two blocks on an SM, or one where a lane holds two parts of nine pixels: more would spill.
 template <typename T, typename Features, typename Epilogue>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
     pyramid_conv_tensor_core_kernel(const Product<T> p, const Features features,
                                     const Epilogue epilogue) {
   constexpr int kParts = Features::kParts, kMostUnits = kMostSteps / kParts;

@@ -9,14 +9,35 @@ import torch
 from cuda_on_cpu.emulator import Check, Kernels
 from cuda_on_cpu.flow_warp_cases import LAYOUTS, misaligned
 from cuda_on_cpu.pyramid_spatial_attention_cases import CONVOLUTIONS, PARTS, Part, wide_gate
+from tolerances import assert_same
+from torch import Tensor
 
 HALF = torch.float16
 IDLE = {
+    ("convolution.cuh", "suits_tensor_cores(p, features)"): "another kernel computes the same",
     ("convolution_backward.cu", "p.grad_input.data != nullptr"): "workspace for nobody",
+    ("convolution_backward.cu", "needs_map(p, form)"): "more workspace than is used",
+    (
+        "convolution_backward.cu",
+        "(form == ConvForm::kPool || !is_same_size(p))",
+    ): "more workspace than is used",
     ("image.cuh", "channels_last"): "which thread does what",
+    (
+        "tensor_core.cuh",
+        "units > kMostUnits || tile == blockIdx.x",
+    ): "saves reading the same weights again",
     ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
+    ("tensor_core.cuh", "features.vectors()"): "features are read in any layout, only slower",
+    ("tensor_core.cuh", "o >= p.outputs"): "what stores looks again",
     ("weight_gradient.cuh", "!p.wanted()"): "saves sums that nobody stores",
+    ("weight_gradient.cuh", "p.wanted()"): "more workspace than is used",
+    ("weight_gradient.cuh", "p.outputs == 0"): "nothing is launched for no outputs",
 }
+
+
+def every_other_channel(image: Tensor) -> Tensor:
+    """The same image, in which the channels of a pixel do not follow each other."""
+    return image.repeat_interleave(2, 1).contiguous(memory_format=torch.channels_last)[:, ::2]
 
 
 def check_empty(kernels: Kernels, op: str) -> None:
@@ -38,6 +59,15 @@ def check_failing_launches(kernels: Kernels, op: str) -> None:
     part = Part.random(op, (1, 4, 3, 4))
     output = part.forward(kernels)
     kernels.check_failing_launches(lambda: part.backward(kernels, output))
+
+
+def check_weightless_gradients(kernels: Kernels) -> None:
+    """A resize to the same size weighs every neighbour by zero: a NaN stays where it is."""
+    part = Part.random("resize_add", (1, 4, 3, 4), None, (3, 4))
+    spoilt = part.grad_output.clone()
+    spoilt[:, :, 1, 2] = torch.nan
+    part = replace(part, grad_output=spoilt)
+    assert_same(part.backward(kernels, part.forward(kernels))["input"], spoilt)
 
 
 def probe() -> list[Check]:
@@ -71,6 +101,8 @@ def probe_layouts() -> list[Check]:
         Part.random("pointwise_conv", (2, 12, 2, 3), 8, None, HALF, "padded_pixels").check,
         replace(dense, images=(misaligned(dense.images[0]),)).check,
         replace(dense, grad_output=misaligned(dense.grad_output)).check,
+        replace(dense, images=(every_other_channel(dense.images[0]),)).check,
+        check_weightless_gradients,
     ]
 
 
@@ -81,6 +113,7 @@ def probe_sizes() -> list[Check]:
         Part.random("pointwise_conv", (1, 20, 3, 4), layout="channels_last").check,
         Part.random("pointwise_conv", (1, 72, 1, 3), 72, None, HALF, "channels_last").check,
         Part.random("pointwise_conv", (1, 8, 1, 3), 72).check,
+        Part.random("pointwise_conv", (1, 4, 2, 300)).check,  # two ranges
         Part.random("pool_concat", (1, 4, 300, 1)).check,
         *(Part.random("resize_conv", (1, 4, 3, 4), None, size).check for size in ((5, 4), (3, 7))),
         Part.random("resize_conv", (1, 12, 3, 4), 8, (5, 6), HALF, "channels_last").check,
