@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -191,20 +191,37 @@ def align_backward(
     return {n: g.to(input.dtype) if n == "input" else g for n, g in present.items()}
 
 
-def hold_align(actual: Tensor, case: AlignCase, tensors: dict[str, Any], what: str = "") -> None:
-    """Against the loops in fp64."""
-    convolution = case.convolution
+@lru_cache(maxsize=64)
+def expected_align(case: AlignCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the loops in fp64, and of PyTorch."""
+    tensors = case.tensors(dtype)
     flows = tensors["flow_1"], tensors["flow_2"]
-    taps = math.prod(convolution.kernel)
+    taps = math.prod(case.convolution.kernel)
     offset, mask = align_offsets_loop(tensors["raw"], *flows, taps, case.residue)
     offset, mask = repeated(offset, case.parts), repeated(mask, case.parts)
-    rest = tensors["weight"], tensors["bias"], *convolution.geometry
+    rest = tensors["weight"], tensors["bias"], *case.convolution.geometry
     exact = deform_conv2d_loop(tensors["input"], offset, mask, *rest)
+    return exact, convolved(case, tensors)
+
+
+@lru_cache(maxsize=64)
+def expected_align_gradients(
+    case: AlignCase, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the oracle in fp64, and in dtype."""
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case.convolution, split(tensors))
+    exact = align_oracle(case, doubled(tensors), grad_output.double())
+    return exact, align_oracle(case, tensors, grad_output)
+
+
+def hold_align(actual: Tensor, case: AlignCase, what: str = "") -> None:
+    exact, baseline = expected_align(case, actual.dtype)
+    terms = case.convolution.terms
     if actual.dtype == DOUBLE:
-        assert_rounding_only(actual, exact, convolution.terms, RESIDUE)
+        assert_rounding_only(actual, exact, terms, RESIDUE)
     else:
-        baseline = convolved(case, tensors)
-        assert_as_accurate(actual, baseline, exact, f"{actual.dtype} {what}", convolution.terms)
+        assert_as_accurate(actual, baseline, exact, f"{actual.dtype} {what}", terms)
 
 
 def align_oracle(case: AlignCase, tensors: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
@@ -218,7 +235,7 @@ def check_align(
 ) -> None:
     tensors = case.tensors(dtype)
     for order in orders:
-        hold_align(align(kernels, case, tensors, order=order), case, tensors, order)
+        hold_align(align(kernels, case, tensors, order=order), case, order)
 
 
 def check_align_backward(
@@ -231,8 +248,7 @@ def check_align_backward(
     """Against automatic differentiation in fp64; all but grad_input with the same bits in every order."""
     tensors = case.tensors(dtype)
     grad_output = random_grad(case.convolution, split(tensors))
-    exact = align_oracle(case, doubled(tensors), grad_output.double())
-    baseline = align_oracle(case, tensors, grad_output)
+    exact, baseline = expected_align_gradients(case, dtype)
     pixels = case.convolution.batch * math.prod(case.convolution.out_size)
     terms = max(case.convolution.terms, pixels, 2 * tensors["raw"].shape[1])
     first: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from cuda_on_cpu.build import JOBS
 from cuda_on_cpu.emulator import Check, Kernels
 
 Probe = Callable[[], Sequence[Check]]
+FEW = 3
 TIMEOUT = 3.0  # seconds of CPU for a call, most of which take a hundredth of one
 
 
@@ -96,8 +97,13 @@ class Worker:
             self._pool = None
 
 
-def which_are_noticed(probe: Probe, library: Path, mutants: int) -> list[bool]:
-    """For each mutant whether a check fails on it or its process dies; JOBS at a time."""
+def which_are_noticed(
+    probe: Probe, library: Path, mutants: int, idle: Container[int] = ()
+) -> list[bool]:
+    """For each mutant whether a check fails on it or its process dies; JOBS at a time.
+
+    Those that are said to be idle, which would pass every check, are tried on the quickest FEW alone.
+    """
     own = threading.local()
     workers: list[Worker] = []
 
@@ -107,6 +113,7 @@ def which_are_noticed(probe: Probe, library: Path, mutants: int) -> list[bool]:
 
     def one(mutant: int) -> bool:
         order = [i for i in soonest_first if mutant in passed[i].seen]
+        order = order[:FEW] if mutant in idle else order
         try:
             return bool(order) and own.worker.call(notices, probe, library, mutant, order)
         except BrokenProcessPool:
