@@ -245,29 +245,25 @@ class PyramidArrays:
 
     def conv(self, name: str, x: Array) -> Array:
         weight = self.weights[name]
-        kernel, (height, width) = weight.shape[-1], x.shape[1:]
+        windows = self.windows(x, weight.shape[-1], 0.0)
+        return (
+            np.tensordot(weight, windows, ((1, 2, 3), (0, 3, 4))) + self.biases[name][:, None, None]
+        )
+
+    @staticmethod
+    def windows(x: Array, kernel: int, outside: float) -> Array:
+        """(C, H, W) -> (C, H, W, kernel, kernel), what lies around every pixel."""
         edge = kernel // 2
-        padded = np.pad(x, ((0, 0), (edge, edge), (edge, edge)))
-        out = self.biases[name][:, None, None] + np.zeros((1, height, width))
-        for i, j in np.ndindex(kernel, kernel):
-            part = padded[:, i : i + height, j : j + width]
-            out += np.tensordot(weight[:, :, i, j], part, 1)
-        return out
+        padded = np.pad(x, ((0, 0), (edge, edge), (edge, edge)), constant_values=outside)
+        return np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), (1, 2))
 
     def lrelu(self, name: str, x: Array) -> Array:
         return leaky_relu_loop(self.conv(name, x), 0.1)
 
     def pools(self, x: Array) -> Array:
-        """The nine taps as nine maps; outside there is nothing to be the largest, and zeros in the mean."""
-        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-        edges = ((0, 0), (1, 2), (1, 2))
-
-        def taps(outside: float) -> Array:
-            padded = np.pad(x, edges, constant_values=outside)
-            tap = [padded[:, i:, j:][:, ::2, ::2] for i, j in np.ndindex(3, 3)]
-            return np.stack([t[:, :height, :width] for t in tap])
-
-        return np.concatenate([taps(-np.inf).max(0), taps(0.0).sum(0) / 9])
+        """Outside there is nothing to be the largest, and zeros in the mean."""
+        largest = self.windows(x, 3, -np.inf)[:, ::2, ::2].max((3, 4))
+        return np.concatenate([largest, self.windows(x, 3, 0.0)[:, ::2, ::2].sum((3, 4)) / 9])
 
     def resize(self, x: Array, height: int, width: int) -> Array:
         rows, columns = self.matrix(x.shape[1], height), self.matrix(x.shape[2], width)

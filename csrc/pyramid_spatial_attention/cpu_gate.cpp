@@ -147,6 +147,64 @@ void forward(const SpatialGateParams& p) {
       });
 }
 
+// Whether the channels of an image are planes whose pixels lie side by side.
+template <typename Pointer>
+bool is_planar(const ImageOf<Pointer>& image) {
+  return image.stride[3] == 1 && image.stride[1] != 1;
+}
+
+constexpr int kPlaneBlock = 128;  // pixels: 64 channels of them and of their features are 64 kB
+
+// The same for planes: channels are the rows of the product and pixels its columns, so that nothing
+// is transposed. An element sums up in the same order.
+template <typename A>
+void forward_planes(const SpatialGateParams& p) {
+  const int channels = p.channels;
+  const size_t rows = padded_rows(channels);
+  Buffer<A> weight(rows * channels), bias(channels);
+  gather_pixels({p.weight, p.dtype, 0, channels, 1}, channels, channels, weight.data(), channels);
+  load_bias(p.bias, p.dtype, channels, bias.data());
+  prepare(p.output, p.batch, int64_t{channels} * p.height * p.width);
+  const int64_t per_row = divide_up(p.width, kPlaneBlock);
+  torch::stable::parallel_for(0, p.batch * p.height * per_row, 1, [&](int64_t begin, int64_t end) {
+    const size_t size = rows * kPlaneBlock;
+    Buffer<A> masks(size), features(size), inputs(size, false);
+    const A scale = static_cast<A>(p.scale), slope = static_cast<A>(p.negative_slope);
+    const bool from_feature = p.from_feature;
+    for (int64_t index = begin; index < end; ++index) {
+      const int x = static_cast<int>(index % per_row) * kPlaneBlock;
+      const int y = static_cast<int>(index / per_row % p.height);
+      const int64_t n = index / per_row / p.height;
+      const int count = std::min(kPlaneBlock, p.width - x);
+      const auto read = [&](const Source& image, A* to) {
+        const int64_t first = element_at(image, n, y, x);
+        gather_pixels({image.data, image.dtype, first, image.stride[1], image.stride[3]}, channels,
+                      count, to, kPlaneBlock);
+      };
+      read(p.mask, masks.data());
+      read(p.input, inputs.data());
+      for (int c = 0; c < channels; ++c) {
+        std::fill_n(features.data() + c * kPlaneBlock, kPlaneBlock, bias.data()[c]);
+      }
+      multiply(Matrix<A>{weight.data(), channels, 1}, masks.data(), kPlaneBlock, channels, channels,
+               padded_columns(count), features.data(), kPlaneBlock, true);
+      const A *mask = masks.data(), *input = inputs.data();
+      A* out = features.data();
+      for_rows<A>(channels, count, [&](auto type, int c, int i) MAFNET_INLINE_LAMBDA {
+        using V = typename decltype(type)::type;
+        const int at = c * kPlaneBlock + i;
+        const V feature = leaky_relu(load<V>(out + at), slope);
+        const V from = from_feature ? feature : load<V>(mask + at);
+        store<V>(out + at, load<V>(input + at) * (sigmoid(from, A{}) * scale) + feature);
+      });
+      const int64_t first = element_at(p.output, n, y, x);
+      scatter_pixels(
+          out, kPlaneBlock, channels, count,
+          {p.output.data, p.output.dtype, first, p.output.stride[1], p.output.stride[3]});
+    }
+  });
+}
+
 template <typename A>
 void backward(const SpatialGateParams& p) {
   const Gate<A> gate(p);
@@ -222,7 +280,13 @@ void backward(const SpatialGateParams& p) {
 }  // namespace
 
 int launch_spatial_gate_forward(const SpatialGateParams& p, void*) {
-  return with_accumulator(p.dtype, [&](auto a) { forward<decltype(a)>(p); });
+  // Tile registers want pixels as rows.
+  const bool in_tiles = p.dtype == Dtype::kBFloat16 && has_bf16_tiles();
+  const bool planes = !in_tiles && is_planar(p.input) && is_planar(p.mask) && is_planar(p.output);
+  return with_accumulator(p.dtype, [&](auto a) {
+    using A = decltype(a);
+    planes ? forward_planes<A>(p) : forward<A>(p);
+  });
 }
 
 int launch_spatial_gate_backward(const SpatialGateParams& p, void*) {

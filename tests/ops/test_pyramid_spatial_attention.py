@@ -117,6 +117,13 @@ def arrays(tensors: list[Tensor]) -> dict[str, Any]:
     return dict(zip(LAYERS, (to_array(t) for t in tensors)))
 
 
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------------------------- values, every size
 
 # Each of the eight stages is a sum of at most 18 products of factors below 2, on values below 4.
@@ -138,8 +145,9 @@ def test_every_size_equals_both_oracles(mask_from: str) -> None:
             assert_rounding_only(one, torch.from_numpy(expected), TERMS, 8)
 
 
-def test_all_sizes_up_to_70() -> None:
+def test_all_sizes_up_to_70(restored_threads: None) -> None:
     """4,900 of them, across every strip of 64 columns, block of 96 pixels and parity of both levels."""
+    torch.set_num_threads(1)  # maps this small are not worth the wait for a second thread
     weights, biases = parameters(2)
     oracle = PyramidArrays(arrays(weights), arrays(biases))
     x = to_array(uniform(2, 13, 10))
@@ -404,15 +412,8 @@ def test_nan_stays_within_its_reach() -> None:
     assert_same(out[..., 32:], clean[..., 32:])
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
-def test_deterministic_over_runs(dtype: torch.dtype, two_threads: None) -> None:
+def test_deterministic_over_runs(dtype: torch.dtype, restored_threads: None) -> None:
     weights, biases = parameters(8, dtype)
     leaves = [uniform(2, 8, 17, 19, dtype=dtype), *weights, *biases]
 
