@@ -145,6 +145,37 @@ def test_a_whole_network_in_onnxruntime(tmp_path: Path, deform_conv: bool) -> No
         torch.testing.assert_close(torch.from_numpy(actual), run(net, frames), rtol=1e-4, atol=1e-4)
 
 
+class Saved:
+    """In the place of a converted network."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def save(self, path: Path, external_data: bool) -> None:
+        Path(path).write_bytes(b"network")
+        if self.error is not None:
+            raise self.error
+
+
+def test_the_file_is_whole_and_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readable by whom a new file is readable; a save that breaks off leaves what was there."""
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("mafnet.export.export_program", lambda *_: None)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Saved())
+    path, ordinary = tmp_path / "net.onnx", tmp_path / "ordinary"
+    ordinary.write_bytes(b"")
+    export_onnx(build(), path)
+    assert path.stat().st_mode == ordinary.stat().st_mode
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Saved(OSError("disk full")))
+    path.write_bytes(b"earlier")
+    with pytest.raises(OSError, match="disk full"):
+        export_onnx(build(), path)
+    assert path.read_bytes() == b"earlier"
+    assert set(tmp_path.iterdir()) == {path, ordinary}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -296,7 +296,7 @@ def test_opcheck(contract: Contract, device: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(op, arguments(tensors))
 
 
-@feature("torch.compile: one graph, dynamic shapes, by inductor too")
+@feature("torch.compile: one graph, dynamic shapes")
 @ops
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(contract: Contract, backend: str) -> None:
