@@ -22,6 +22,7 @@ IDLE = {
         "(form == ConvForm::kPool || !is_same_size(p))",
     ): "more workspace than is used",
     ("image.cuh", "channels_last"): "which thread does what",
+    ("resize.cu", "weight_y == 0"): "the weights' product is looked at again",
     (
         "tensor_core.cuh",
         "units > kMostUnits || tile == blockIdx.x",
