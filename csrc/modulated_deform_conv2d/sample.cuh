@@ -86,7 +86,7 @@ DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dP
     c.mask = sigmoid(c.mask);
     c.chain[2] = c.mask * (1 - c.mask);
     const A reach = static_cast<A>(p.raw.max_residue);
-    if (!isinf(reach)) {
+    if (reach - reach == 0) {  // not infinite
       c.dy = tanh(c.dy);
       c.dx = tanh(c.dx);
       c.chain[0] = reach * (1 - c.dy * c.dy);
