@@ -44,9 +44,11 @@ def test_matches_the_reference(kernels: Kernels, op: str, dtype: torch.dtype) ->
 @parts
 @pytest.mark.parametrize("channels", [1, 3, 64, 65])
 def test_channels_around_vectors_and_tiles(kernels: Kernels, op: str, channels: int) -> None:
+    # Of one gradient alone the largest could be a sum whose terms cancel, which no tolerance is for.
+    out = 8 if op in CONVOLUTIONS and channels == 1 else None
     for dtype in (torch.float32, torch.float16):
         for layout in ("contiguous", "channels_last"):
-            Part.random(op, (1, channels, 2, 3), dtype=dtype, layout=layout).check(kernels)
+            Part.random(op, (1, channels, 2, 3), out, None, dtype, layout).check(kernels)
 
 
 @pytest.mark.parametrize("op", CONVOLUTIONS)
