@@ -438,7 +438,7 @@ def test_interrupt_by_signal(tmp_path: Path) -> None:
         "sys.exit(mafnet.cli.main(['upscale', 'in.mp4', '-o', 'out.mp4', '-q']))\n"
     )
     command = [sys.executable, "-c", script, tests, tests.parent]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 130
     assert done.stderr.count("\n") == 1 and "interrupted" in done.stderr
     assert os.listdir(tmp_path) == ["in.mp4"]
