@@ -63,7 +63,8 @@ def deform_align(
         (N, C_out, H_out, W_out) in the dtype of ``input``. Gradients flow to input, raw, weight, bias and flows.
 
     Raises:
-        ValueError: a shape or device that does not fit; ``flow_2`` without ``flow_1``; an odd G with two flows.
+        ValueError: a shape or device that does not fit; ``flow_2`` without ``flow_1``; an odd G with two flows; a
+            ``max_residue_magnitude`` that is NaN.
         TypeError: a dtype that is not floating point.
     """
     low = autocast_dtype(input.device) if isinstance(input, Tensor) else None
@@ -79,6 +80,7 @@ def deform_align(
         flow_1, flow_2 = flow_1.to(compute), flow_2.to(compute)
     # The raw ops know no None.
     reach = math.inf if max_residue_magnitude is None else float(max_residue_magnitude)
+    require(reach == reach, _OP, "max_residue_magnitude", "a number or None", reach)
     device = input.device.type
     if device != "cpu" and parts > 1 and flow_2 is None:
         raw, parts = _repeat(raw, parts), 1

@@ -11,11 +11,10 @@
 // channels.
 //
 // A step is one tap of 32 channels; all taps of them follow each other, so that a lane's offset
-// group stays. Coordinates and weights are float. A lane's channels are one
-// run of an offset group or two, each with a position of its own; kRaw: positions are worked out of
-// the raw output of a head and of flows, again for each step. Per (pixel, tap, offset group):
-// offsets and mask read once where groups have 8 channels; per sample the four corners, from L1
-// where offsets are smooth.
+// group stays. Coordinates and weights are float. A lane's channels are one run of an offset group
+// or two, each with a position of its own; kRaw: positions are worked out of the raw output of a
+// head and of flows, again for each step. Per (pixel, tap, offset group): offsets and mask read
+// once where groups have 8 channels; per sample the four corners, from L1 where offsets are smooth.
 #include "modulated_deform_conv2d/forward_tensor_core.cuh"
 #include "modulated_deform_conv2d/tensor_core.cuh"
 #include "modulated_deform_conv2d/tensor_core_samples.cuh"

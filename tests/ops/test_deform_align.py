@@ -503,6 +503,11 @@ ERRORS = [
     ),
     (dict(parts=0), ValueError, "parts: expected an int >= 1, got 0"),
     (
+        dict(max_residue_magnitude=math.nan),
+        ValueError,
+        "max_residue_magnitude: expected a number or None, got nan",
+    ),
+    (
         dict(raw=_RAW.repeat(1, 4, 1, 1), parts=4),
         ValueError,
         "raw: expected 3 * G * 9 channels with G dividing the 2 channels of a part, got 108 channels",
