@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(kThreads)
     pyramid_conv_kernel(const Product<T> p, const Features features, const Epilogue epilogue,
                         bool features_last, bool outputs_last) {
   using A = Accumulator<T>;
+  // fp16 and bf16 as vectors are the tensor cores' affair.
+  constexpr Access kAccess = std::is_same_v<T, float> ? Access::kEither : Access::kSingles;
   constexpr int kParts = Features::kParts;
   SHARED(A, samples, [kParts * kDepth][kTile + kPadding]);
   SHARED(A, weights, [kParts * kDepth][kTile + kPadding]);
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int tap = 0; tap < p.taps; ++tap) {
     for (int first = 0; first < p.channels; first += kDepth) {
       A values[kParts][kOwn];
-      features.load(place, tap, first + kOwn * group, values);
+      features.template load<kAccess>(place, tap, first + kOwn * group, values);
       __syncthreads();  // all have left what is overwritten
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -72,12 +74,13 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int64_t at = first_pixel + pixel + i * (kTile / kOwn);
-    if (at < p.pixels) {
-      epilogue.store(place_of(at, p.height, p.width), first_output + output, sums[i]);
-    }
+  Place own = place_of(first_pixel + pixel, p.height, p.width);
+#pragma unroll 1
+  for (int64_t at = first_pixel + pixel; at < min(first_pixel + kTile, p.pixels);
+       at += kTile / kOwn) {
+    epilogue.template store<kAccess>(own, first_output + output, sums[0]);
+    shift(sums);
+    advance(own, kTile / kOwn, p.height, p.width);
   }
 }
 
@@ -86,7 +89,9 @@ int launch_product(const Product<T>& p, const Features& features, const Epilogue
                    void* stream) {
   if (p.pixels * p.outputs == 0) return 0;
   if constexpr (sizeof(T) == 2) {
-    if (suits_tensor_cores(p, features)) return launch_tensor_core(p, features, epilogue, stream);
+    if (suits_tensor_cores(p, features, epilogue)) {
+      return launch_tensor_core(p, features, epilogue, stream);
+    }
   }
   const dim3 grid(static_cast<unsigned>(divide_up(p.pixels, kTile)),
                   static_cast<unsigned>(divide_up(p.outputs, kTile)));

@@ -36,11 +36,11 @@ struct Pixels {
   bool vectors() const { return image.vectors; }
   bool channels_last() const { return image.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess = Access::kEither, int N, typename A>
   DEVICE void load(const Place& place, int tap, int c, A (&values)[1][N]) const {
     const Place from = neighbour(place, tap, taps);
     if (is_inside(from, height, width)) {
-      read_group(image, from, c, values[0]);
+      read_group<kAccess>(image, from, c, values[0]);
     } else {
       clear(values[0]);
     }
@@ -56,16 +56,16 @@ struct Slopes {
   int height, width, taps;
   double slope;
 
-  bool vectors() const { return gradient.vectors; }
+  bool vectors() const { return gradient.vectors && output.vectors; }
   bool channels_last() const { return gradient.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess = Access::kEither, int N, typename A>
   DEVICE void load(const Place& place, int tap, int c, A (&values)[1][N]) const {
     const Place from = neighbour(place, tap, taps);
     if (!is_inside(from, height, width)) return clear(values[0]);
     A signs[N];
-    read_group(gradient, from, c, values[0]);
-    read_group(output, from, c, signs);
+    read_group<kAccess>(gradient, from, c, values[0]);
+    read_group<kAccess>(output, from, c, signs);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       values[0][i] *= signs[i] > 0 ? A(1) : static_cast<A>(slope);
@@ -83,7 +83,7 @@ struct Pooled {
   bool vectors() const { return image.vectors; }
   bool channels_last() const { return image.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess = Access::kEither, int N, typename A>
   DEVICE void load(const Place& place, int, int c, A (&values)[2][N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -95,7 +95,7 @@ struct Pooled {
       const Place from{place.n, 2 * place.y + tap / 3 - 1, 2 * place.x + tap % 3 - 1};
       if (!is_inside(from, height, width)) continue;
       A some[N];
-      read_group(image, from, c, some);
+      read_group<kAccess>(image, from, c, some);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         values[0][i] = larger(values[0][i], some[i]);
@@ -124,7 +124,7 @@ DEVICE Blend<A> blend_of(int i, int inputs, A scale) {
 
 // The group of a resized image at output pixel (y, x), by the blends of both axes. A pixel without
 // weight does not count, not even an infinite one.
-template <typename T, int N, typename A>
+template <Access kAccess, typename T, int N, typename A>
 DEVICE void resize_group(const View<const T>& image, int64_t n, const Blend<A>& rows,
                          const Blend<A>& columns, int c, A (&values)[N]) {
   clear(values);
@@ -133,7 +133,7 @@ DEVICE void resize_group(const View<const T>& image, int64_t n, const Blend<A>& 
     const A weight = rows.weight[corner / 2] * columns.weight[corner % 2];
     if (weight == 0) continue;
     A some[N];
-    read_group(image, {n, rows.low + corner / 2, columns.low + corner % 2}, c, some);
+    read_group<kAccess>(image, {n, rows.low + corner / 2, columns.low + corner % 2}, c, some);
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] += weight * some[i];
   }
@@ -149,13 +149,13 @@ struct Resized {
   bool vectors() const { return image.vectors; }
   bool channels_last() const { return image.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess = Access::kEither, int N, typename A>
   DEVICE void load(const Place& place, int tap, int c, A (&values)[1][N]) const {
     const Place at = neighbour(place, tap, taps);
     if (!is_inside(at, out_height, out_width)) return clear(values[0]);
     const auto rows = blend_of(at.y, height, static_cast<A>(height) / static_cast<A>(out_height));
     const auto columns = blend_of(at.x, width, static_cast<A>(width) / static_cast<A>(out_width));
-    resize_group(image, place.n, rows, columns, c, values[0]);
+    resize_group<kAccess>(image, place.n, rows, columns, c, values[0]);
   }
 };
 

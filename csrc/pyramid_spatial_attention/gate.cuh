@@ -17,6 +17,8 @@ struct Gate {
   const T* bias;
   double scale, slope;
   bool from_feature;
+
+  bool vectors() const { return input.vectors && mask.vectors; }
 };
 
 template <typename T, typename W>
@@ -24,13 +26,14 @@ struct GateForward {
   Gate<T, W> gate;
   View<W> output;
 
+  bool vectors() const { return gate.vectors() && output.vectors; }
   bool channels_last() const { return output.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess, int N, typename A>
   DEVICE void store(const Place& place, int o, A (&sums)[N]) const {
     A input[N], mask[N];
-    read_group(gate.input, place, o, input);
-    read_group(gate.mask, place, o, mask);
+    read_group<kAccess>(gate.input, place, o, input);
+    read_group<kAccess>(gate.mask, place, o, mask);
     add_bias(gate.bias, output.channels, o, sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -38,7 +41,7 @@ struct GateForward {
       const A open = sigmoid(gate.from_feature ? feature : mask[i]) * static_cast<A>(gate.scale);
       sums[i] = input[i] * open + feature;
     }
-    write_group(output, place, o, sums);
+    write_group<kAccess>(output, place, o, sums);
   }
 };
 
@@ -50,14 +53,18 @@ struct GateBackward {
   View<W> grad_input;  // null data where not wanted
   View<Accumulator<T>> grad_feature;
 
+  bool vectors() const {
+    const bool written = grad_feature.vectors && (grad_input.data == nullptr || grad_input.vectors);
+    return written && gate.vectors() && grad_output.vectors;
+  }
   bool channels_last() const { return gate.mask.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess, int N, typename A>
   DEVICE void store(const Place& place, int o, A (&sums)[N]) const {
     A input[N], mask[N], grad[N];
-    read_group(gate.input, place, o, input);
-    read_group(gate.mask, place, o, mask);
-    read_group(grad_output, place, o, grad);
+    read_group<kAccess>(gate.input, place, o, input);
+    read_group<kAccess>(gate.mask, place, o, mask);
+    read_group<kAccess>(grad_output, place, o, grad);
     add_bias(gate.bias, grad_feature.channels, o, sums);
     const A scale = static_cast<A>(gate.scale), slope = static_cast<A>(gate.slope);
     A of_input[N];
@@ -68,8 +75,8 @@ struct GateBackward {
       const A through = gate.from_feature ? of_input[i] * input[i] * (1 - open) : A(0);
       sums[i] = (grad[i] + through) * (sums[i] > 0 ? A(1) : slope);
     }
-    if (grad_input.data != nullptr) write_group(grad_input, place, o, of_input);
-    write_group(grad_feature, place, o, sums);
+    if (grad_input.data != nullptr) write_group<kAccess>(grad_input, place, o, of_input);
+    write_group<kAccess>(grad_feature, place, o, sums);
   }
 };
 
@@ -80,22 +87,23 @@ struct GateBackwardMask {
   View<const W> grad_output;
   View<T> grad_mask;
 
+  bool vectors() const { return gate.vectors() && grad_output.vectors && grad_mask.vectors; }
   bool channels_last() const { return grad_mask.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess, int N, typename A>
   DEVICE void store(const Place& place, int o, A (&sums)[N]) const {
     if (!gate.from_feature) {
       A input[N], mask[N], grad[N];
-      read_group(gate.input, place, o, input);
-      read_group(gate.mask, place, o, mask);
-      read_group(grad_output, place, o, grad);
+      read_group<kAccess>(gate.input, place, o, input);
+      read_group<kAccess>(gate.mask, place, o, mask);
+      read_group<kAccess>(grad_output, place, o, grad);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const A open = sigmoid(mask[i]);
         sums[i] += grad[i] * input[i] * static_cast<A>(gate.scale) * open * (1 - open);
       }
     }
-    write_group(grad_mask, place, o, sums);
+    write_group<kAccess>(grad_mask, place, o, sums);
   }
 };
 

@@ -21,6 +21,18 @@ DEVICE Place place_of(int64_t pixel, int height, int width) {
   return {n, static_cast<int>(line - n * height), static_cast<int>(pixel - line * width)};
 }
 
+// The pixel `step` after place.
+DEVICE void advance(Place& place, int step, int height, int width) {
+  place.x += step;
+  while (place.x >= width) {
+    place.x -= width;
+    if (++place.y == height) {
+      place.y = 0;
+      ++place.n;
+    }
+  }
+}
+
 // An image of elements T, which is const for a source.
 template <typename T>
 struct View {
@@ -40,12 +52,22 @@ constexpr bool kIsOneVector = N * sizeof(T) <= 16;
 template <typename T, int N>
 constexpr int kVector = kIsOneVector<T, N> ? N : 16 / sizeof(T);
 
+// What a kernel is compiled for: groups that are vectors in all its images, groups read one by one,
+// or either, as each view says.
+enum class Access { kVectors, kSingles, kEither };
+
+template <Access kAccess, typename T>
+DEVICE bool is_vector(const View<T>& view, int c) {
+  const bool may_be = kAccess == Access::kVectors || (kAccess == Access::kEither && view.vectors);
+  return may_be && c < view.channels;
+}
+
 // values = channels c ... c + N - 1; zeros past the last.
-template <typename T, int N, typename A>
+template <Access kAccess = Access::kEither, typename T, int N, typename A>
 DEVICE void read_group(const View<const T>& view, const Place& place, int c, A (&values)[N]) {
   constexpr int V = kVector<T, N>;
   const T* from = view.at(place, c);
-  if (view.vectors && c < view.channels) {
+  if (is_vector<kAccess>(view, c)) {
 #pragma unroll
     for (int i = 0; i < N; i += V) {
       const Vector<T, V> some = load_vector<T, V>(from + i);
@@ -55,16 +77,17 @@ DEVICE void read_group(const View<const T>& view, const Place& place, int c, A (
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      values[i] = c + i < view.channels ? A(to_accumulator(from[i * view.stride[1]])) : A(0);
+      const bool known = kAccess != Access::kVectors && c + i < view.channels;
+      values[i] = known ? A(to_accumulator(from[i * view.stride[1]])) : A(0);
     }
   }
 }
 
-template <typename T, int N, typename A>
+template <Access kAccess = Access::kEither, typename T, int N, typename A>
 DEVICE void write_group(const View<T>& view, const Place& place, int c, const A (&values)[N]) {
   constexpr int V = kVector<T, N>;
   T* to = view.at(place, c);
-  if (view.vectors && c < view.channels) {
+  if (is_vector<kAccess>(view, c)) {
 #pragma unroll
     for (int i = 0; i < N; i += V) {
       Vector<T, V> some;
@@ -72,7 +95,7 @@ DEVICE void write_group(const View<T>& view, const Place& place, int c, const A 
       for (int v = 0; v < V; ++v) some.at[v] = from_accumulator<T>(values[i + v]);
       store_vector(to + i, some);
     }
-  } else {
+  } else if (kAccess != Access::kVectors) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (c + i < view.channels) to[i * view.stride[1]] = from_accumulator<T>(values[i]);

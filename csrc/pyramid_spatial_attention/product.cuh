@@ -28,6 +28,16 @@ DEVICE void add_bias(const T* bias, int outputs, int o, A (&sums)[N]) {
   }
 }
 
+// The first row goes, the others move up: a loop over rows held in registers need not be unrolled.
+template <int M, int N, typename A>
+DEVICE void shift(A (&rows)[M][N]) {
+#pragma unroll
+  for (int row = 0; row + 1 < M; ++row) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) rows[row][i] = rows[row + 1][i];
+  }
+}
+
 // Bias and activation. T is the type of the bias, D that of the result.
 template <typename T, typename D>
 struct Activate {
@@ -35,14 +45,15 @@ struct Activate {
   const T* bias;  // may be null
   double slope;
 
+  bool vectors() const { return output.vectors; }
   bool channels_last() const { return output.stride[1] == 1; }
 
-  template <int N, typename A>
+  template <Access kAccess, int N, typename A>
   DEVICE void store(const Place& place, int o, A (&sums)[N]) const {
     add_bias(bias, output.channels, o, sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) sums[i] = leaky_relu(sums[i], static_cast<A>(slope));
-    write_group(output, place, o, sums);
+    write_group<kAccess>(output, place, o, sums);
   }
 };
 

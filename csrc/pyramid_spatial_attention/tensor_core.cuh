@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
           float values[kParts][kLaneChannels];
-          features.load(place[q], tap, c, values);
+          features.template load<Access::kVectors>(place[q], tap, c, values);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) a[q][part] = pack_lane(values[part], T());
         }
@@ -122,28 +122,33 @@ __global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
         }
       }
     }
+    // Of this lane: outputs 8 t ... of pixel r, then of r + 8, then the same 32 outputs later.
+    float groups[4][kLaneChannels];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int o = first_output + 32 * half + lane % 4 * kLaneChannels;
-      if (o >= p.outputs) break;
+    for (int g = 0; g < 4; ++g) {
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        float group[kLaneChannels];
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) {
-          group[i] = sums[4 * half + i / 2][2 * q + i % 2];
-        }
-        if (pixel + 8 * q < p.pixels) epilogue.store(place[q], o, group);
+      for (int i = 0; i < kLaneChannels; ++i) {
+        groups[g][i] = sums[g / 2 * 4 + i / 2][g % 2 * 2 + i % 2];
       }
+    }
+#pragma unroll 1
+    for (int g = 0; g < 4; ++g) {
+      const int o = first_output + g / 2 * kStepChannels + lane % 4 * kLaneChannels;
+      const bool known = pixel + g % 2 * 8 < p.pixels && o < p.outputs;
+      if (known) {
+        const Place at = g % 2 == 0 ? place[0] : place[1];
+        epilogue.template store<Access::kVectors>(at, o, groups[0]);
+      }
+      shift(groups);
     }
   }
 }
 
 // Whether groups of 8 channels and outputs are whole; views are made for groups of kOwn.
-template <typename T, typename Features>
-bool suits_tensor_cores(const Product<T>& p, const Features& features) {
-  return has_bfloat16_tensor_cores() && features.vectors() && p.channels % kLaneChannels == 0 &&
-         p.outputs % kLaneChannels == 0;
+template <typename T, typename Features, typename Epilogue>
+bool suits_tensor_cores(const Product<T>& p, const Features& features, const Epilogue& epilogue) {
+  return has_bfloat16_tensor_cores() && features.vectors() && epilogue.vectors() &&
+         p.channels % kLaneChannels == 0 && p.outputs % kLaneChannels == 0;
 }
 
 template <typename T, typename Features, typename Epilogue>

@@ -46,18 +46,6 @@ inline int64_t partial_elements(const WeightSums& p) {
   return p.wanted() ? divide_up(range_count(p) * p.partials(), 4) * 4 : 0;
 }
 
-// The pixel `step` after place.
-DEVICE void advance(Place& place, int step, int height, int width) {
-  place.x += step;
-  while (place.x >= width) {
-    place.x -= width;
-    if (++place.y == height) {
-      place.y = 0;
-      ++place.n;
-    }
-  }
-}
-
 template <typename T, typename Features, typename Gradients>
 __global__ void __launch_bounds__(kThreads, 8 / sizeof(Accumulator<T>))
     pyramid_conv_backward_weight_kernel(const WeightSums p, const Features features,
