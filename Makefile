@@ -1,6 +1,8 @@
 # Every target makes the environment that it needs under build/.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Processes that tests run in, which share the cores.
+WORKERS ?= 2
 
 VENV := build/venv
 BIN := $(VENV)/bin
@@ -15,8 +17,8 @@ POISONED := $(addprefix tests/ops/test_,flow_warp.py modulated_deform_conv2d.py 
 .DELETE_ON_ERROR:
 
 test: build lint
-	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q --poison $(POISONED)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -q -n $(WORKERS) --poison $(POISONED)
 
 # The drop-ins beside the libraries that they stand in for; torchvision brings a torch of its own, 6 GB in all.
 test-compat: build/venv-compat/installed build

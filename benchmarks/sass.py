@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 # Classes of instructions that bars may name, by opcode; the first that matches counts. The class `slots` is
@@ -124,6 +125,7 @@ def short_name(demangled: str) -> str:
     return name.split("(")[0].removeprefix("void ").strip()
 
 
+@lru_cache(maxsize=None)
 def classify(opcode: str) -> str | None:
     return next((name for name, pattern in CLASSES.items() if pattern.match(opcode)), None)
 
@@ -183,9 +185,11 @@ class Function:
         """
         bodies: dict[int, set[int]] = {}
         predecessors = invert(self.successors)
-        for branch, targets in enumerate(self.successors):
-            for header in targets:
-                if header < branch and branch not in reach(self.successors, 0, header):
+        for header, sources in enumerate(predecessors):
+            backward = [branch for branch in sources if header < branch]
+            avoidable = reach(self.successors, 0, header) if backward else set()
+            for branch in backward:
+                if branch not in avoidable:
                     bodies.setdefault(header, {header}).update(reach(predecessors, branch, header))
         return [body for body in bodies.values() if not self.is_spin(body)]
 

@@ -14,7 +14,11 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, and torch.compile imports it too: Triton kernels run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
-_GPU_SKIPPED = pytest.StashKey[int]()
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # They share the cores. Tests of what threads do set their own number.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
+_NO_GPU = "no CUDA device"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,26 +40,16 @@ def _seeds(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[_GPU_SKIPPED] = 0
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    config.stash[_GPU_SKIPPED] = len(gpu_items)
-    for item in gpu_items:
-        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=_NO_GPU))
 
 
-def pytest_report_collectionfinish(config: pytest.Config) -> str:
-    return _gpu_line(config)
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    terminalreporter.write_line(_gpu_line(config))
-
-
-def _gpu_line(config: pytest.Config) -> str:
-    skipped = config.stash.get(_GPU_SKIPPED, 0)
-    return f"GPU tests skipped: {skipped}" + (" (no CUDA device)" if skipped else "")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts reports: the tests may have run in other processes (pytest-xdist)."""
+    reports = terminalreporter.getreports("skipped")
+    skipped = sum(_NO_GPU in str(report.longrepr) for report in reports)
+    terminalreporter.write_line(f"GPU tests skipped: {skipped}" + f" ({_NO_GPU})" * (skipped > 0))

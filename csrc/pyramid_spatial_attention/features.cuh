@@ -90,16 +90,19 @@ struct Pooled {
       values[0][i] = static_cast<A>(-INFINITY);
       values[1][i] = 0;
     }
+#pragma unroll 1
+    for (int row = 2 * place.y - 1; row <= 2 * place.y + 1; ++row) {
 #pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
-      const Place from{place.n, 2 * place.y + tap / 3 - 1, 2 * place.x + tap % 3 - 1};
-      if (!is_inside(from, height, width)) continue;
-      A some[N];
-      read_group<kAccess>(image, from, c, some);
+      for (int column = -1; column <= 1; ++column) {
+        const Place from{place.n, row, 2 * place.x + column};
+        if (!is_inside(from, height, width)) continue;
+        A some[N];
+        read_group<kAccess>(image, from, c, some);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        values[0][i] = larger(values[0][i], some[i]);
-        values[1][i] += some[i];
+        for (int i = 0; i < N; ++i) {
+          values[0][i] = larger(values[0][i], some[i]);
+          values[1][i] += some[i];
+        }
       }
     }
 #pragma unroll

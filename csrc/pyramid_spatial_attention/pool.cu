@@ -35,17 +35,20 @@ DEVICE void find_winners(const Pooled<T>& features, const Place& window, int c, 
   A best[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) winner[i] = -1;
+#pragma unroll 1
+  for (int row = 0; row < 3; ++row) {
 #pragma unroll
-  for (int tap = 0; tap < 9; ++tap) {
-    const Place from{window.n, 2 * window.y + tap / 3 - 1, 2 * window.x + tap % 3 - 1};
-    if (!is_inside(from, features.height, features.width)) continue;
-    A some[N];
-    read_group(features.image, from, c, some);
+    for (int column = 0; column < 3; ++column) {
+      const Place from{window.n, 2 * window.y + row - 1, 2 * window.x + column - 1};
+      if (!is_inside(from, features.height, features.width)) continue;
+      A some[N];
+      read_group(features.image, from, c, some);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const bool wins = winner[i] < 0 || some[i] > best[i] || some[i] != some[i];
-      winner[i] = wins ? tap : winner[i];
-      best[i] = wins ? some[i] : best[i];
+      for (int i = 0; i < N; ++i) {
+        const bool wins = winner[i] < 0 || some[i] > best[i] || some[i] != some[i];
+        winner[i] = wins ? 3 * row + column : winner[i];
+        best[i] = wins ? some[i] : best[i];
+      }
     }
   }
 }
