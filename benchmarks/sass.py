@@ -5,6 +5,7 @@ Reads a built library, object or cubin with NVIDIA's cuobjdump and nvdisasm (in 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 # Classes of instructions that bars may name, by opcode; the first that matches counts. The class `slots` is
@@ -125,7 +125,7 @@ def short_name(demangled: str) -> str:
     return name.split("(")[0].removeprefix("void ").strip()
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def classify(opcode: str) -> str | None:
     return next((name for name, pattern in CLASSES.items() if pattern.match(opcode)), None)
 
