@@ -50,12 +50,12 @@ template <typename T, typename W>
 struct GateBackward {
   Gate<T, W> gate;
   View<const W> grad_output;
-  View<W> grad_input;  // null data where not wanted
-  View<Accumulator<T>> grad_feature;
+  View<W> grad_input;                 // null data where not wanted
+  View<Accumulator<T>> grad_feature;  // in workspace, which is aligned
 
   bool vectors() const {
-    const bool written = grad_feature.vectors && (grad_input.data == nullptr || grad_input.vectors);
-    return written && gate.vectors() && grad_output.vectors;
+    return gate.vectors() && grad_output.vectors &&
+           (grad_input.data == nullptr || grad_input.vectors);
   }
   bool channels_last() const { return gate.mask.stride[1] == 1; }
 

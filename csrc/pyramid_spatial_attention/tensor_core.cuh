@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
         }
       }
     }
-    // Of this lane: outputs 8 t ... of pixel r, then of r + 8, then the same 32 outputs later.
+    // Of this lane: outputs 8 t ... of pixel r, then of r + 8, then the same 32 outputs later,
+    // which may be past the last; what stores checks that.
     float groups[4][kLaneChannels];
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
@@ -134,8 +135,7 @@ __global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
 #pragma unroll 1
     for (int g = 0; g < 4; ++g) {
       const int o = first_output + g / 2 * kStepChannels + lane % 4 * kLaneChannels;
-      const bool known = pixel + g % 2 * 8 < p.pixels && o < p.outputs;
-      if (known) {
+      if (pixel + g % 2 * 8 < p.pixels) {
         const Place at = g % 2 == 0 ? place[0] : place[1];
         epilogue.template store<Access::kVectors>(at, o, groups[0]);
       }

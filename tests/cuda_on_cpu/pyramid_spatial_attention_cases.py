@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from cuda_on_cpu.emulator import Kernels
-from cuda_on_cpu.flow_warp_cases import laid_out
+from cuda_on_cpu.flow_warp_cases import laid_out, misaligned
 from tolerances import assert_as_accurate, assert_same
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class Part:
     size: Size  # of the output
     slope: float = 0.1
     from_feature: bool = False
+    misaligned: str = (
+        ""  # the name of an image, of a result too, that vectors of 16 bytes do not fit
+    )
 
     @staticmethod
     def random(
@@ -117,10 +120,17 @@ class Part:
         options = {"out_channels": out, "out_height": height, "out_width": width}
         return {**options, "negative_slope": self.slope}
 
+    def place(self, name: str, image: Tensor) -> Tensor:
+        return misaligned(image) if name == self.misaligned else image
+
+    def given(self) -> dict[str, Tensor | None]:
+        tensors = zip(self.names(), self.tensors)
+        return {name: t if t is None else self.place(name, t) for name, t in tensors}
+
     def forward(self, kernels: Kernels, order: str = "forward") -> Tensor:
         like = self.images[1] if self.op == "resize_add" else self.images[0]
-        output = result_like(like, tuple(self.grad_output.shape))
-        arrays: dict[str, Any] = dict(zip(self.names(), self.tensors))
+        output = self.place("output", result_like(like, tuple(self.grad_output.shape)))
+        arrays: dict[str, Any] = self.given()
         report = kernels.run(
             f"{self.op}_forward", order=order, output=output, **arrays, **self.numbers()
         )
@@ -135,8 +145,8 @@ class Part:
         wanted: tuple[str, ...] | None = None,
     ) -> dict[str, Tensor]:
         """The wanted gradients by name, of all but resize_add's ``other``."""
-        arrays: dict[str, Any] = {"grad_output": self.grad_output}
-        given = dict(zip(self.names(), self.tensors))
+        arrays: dict[str, Any] = {"grad_output": self.place("grad_output", self.grad_output)}
+        given = self.given()
         if self.op == "resize_add":
             wanted, numbers = ("input",), {}
         else:
@@ -144,7 +154,7 @@ class Part:
             if self.op != "pool_concat":
                 arrays["workspace"] = torch.full((self.workspace(),), 0x7F, dtype=torch.uint8)
             if self.op in CONVOLUTIONS:
-                arrays["output"] = output
+                arrays["output"] = self.place("output", output)
             forward_only = "bias" if self.op in CONVOLUTIONS else ""
             arrays |= {name: t for name, t in given.items() if name != forward_only}
         present = tuple(name for name, tensor in given.items() if tensor is not None)
@@ -155,7 +165,8 @@ class Part:
             assert tensor is not None
             image = name in ("input", "mask")
             shape = tuple(tensor.shape)
-            grads[name] = result_like(tensor, shape) if image else torch.zeros_like(tensor)
+            grad = result_like(tensor, shape) if image else torch.zeros_like(tensor)
+            grads[name] = self.place(f"grad_{name}", grad)
         arrays |= {f"grad_{name}": grad for name, grad in grads.items()}
         report = kernels.run(f"{self.op}_backward", order=order, **arrays, **numbers)
         report.raise_if_any()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 HALF = torch.float16
 IDLE = {
-    ("convolution.cuh", "suits_tensor_cores(p, features)"): "another kernel computes the same",
     ("convolution_backward.cu", "p.grad_input.data != nullptr"): "workspace for nobody",
     ("convolution_backward.cu", "needs_map(p, form)"): "more workspace than is used",
     (
@@ -22,14 +21,14 @@ IDLE = {
         "(form == ConvForm::kPool || !is_same_size(p))",
     ): "more workspace than is used",
     ("image.cuh", "channels_last"): "which thread does what",
+    ("image.cuh", "kAccess == Access::kEither"): "saves code",
+    ("image.cuh", "kAccess != Access::kVectors"): "saves code",
     ("resize.cu", "weight_y == 0"): "the weights' product is looked at again",
     (
         "tensor_core.cuh",
         "units > kMostUnits || tile == blockIdx.x",
     ): "saves reading the same weights again",
     ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
-    ("tensor_core.cuh", "features.vectors()"): "features are read in any layout, only slower",
-    ("tensor_core.cuh", "o >= p.outputs"): "what stores looks again",
     ("weight_gradient.cuh", "!p.wanted()"): "saves sums that nobody stores",
     ("weight_gradient.cuh", "p.wanted()"): "more workspace than is used",
     ("weight_gradient.cuh", "p.outputs == 0"): "nothing is launched for no outputs",
@@ -97,6 +96,10 @@ def probe_layouts() -> list[Check]:
                 Part.random("pointwise_conv", (2, 13, 2, 3), 8, None, dtype, layout).check,
             ]
     dense = Part.random("pointwise_conv", (2, 16, 2, 3), None, None, HALF, "channels_last")
+    gate = Part.random("spatial_gate", (1, 8, 3, 4), None, None, HALF, "channels_last")
+    for name in ("input", "mask", "output", "grad_output", "grad_input", "grad_mask"):
+        checks.append(replace(gate, misaligned=name).check)
+    checks += [replace(dense, misaligned=name).check for name in ("output", "grad_input")]
     return [
         *checks,
         Part.random("pointwise_conv", (2, 12, 2, 3), 8, None, HALF, "padded_pixels").check,

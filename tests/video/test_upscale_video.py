@@ -430,6 +430,8 @@ def test_interrupt_by_signal(tmp_path: Path) -> None:
         "import os, sys, signal; sys.path[:0] = sys.argv[1:3]\n"
         "import mafnet.cli, mafnet.video.run as tool\n"
         "from video.media import BoxNet\n"
+        # The tests may run in the background of a shell, whose children ignore Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Net(BoxNet):\n"
         "    def __call__(self, *a, **k):\n"
         f"        os.kill(os.getpid(), {int(signal.SIGINT)})\n"
