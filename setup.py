@@ -270,9 +270,13 @@ class BuildExt(build_ext):
 
     def _add_library(self, ninja: NinjaFile, directory: Path, ext: Extension, stub: Path) -> Path:
         name = ext.name.rpartition(".")[2]
+        bindings = [source for source in ext.sources if "/binding" in source]
+        together = self._include_all(directory / f"{name}-bindings.cpp", bindings)
         objects = []
-        for source in ext.sources:
-            output = directory / f"{name}-{source.replace('/', '-')}.o"
+        for source in [str(together), *(s for s in ext.sources if s not in bindings)]:
+            output = (
+                directory / f"{name}-{source.removeprefix(f'{directory}/').replace('/', '-')}.o"
+            )
             command = self._nvcc_command() if source.endswith(".cu") else self._cxx_command(name)
             command += ["-MD", "-MF", f"{output}.d", "-c", source, "-o", str(output)]
             ninja.add("compile", command, [ROOT / source], output)
@@ -286,8 +290,17 @@ class BuildExt(build_ext):
         ninja.add("link", command, [*objects, stub], library)
         return library
 
+    @staticmethod
+    def _include_all(path: Path, sources: list[str]) -> Path:
+        """One file of several: most of the time for a binding goes to torch's headers."""
+        text = "".join(f'#include "{source.removeprefix("csrc/")}"\n' for source in sources)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        return path
+
     def _cxx_command(self, name: str) -> list[str]:
         command = [*self._compiler(), "-O3", "-std=c++17", "-DNDEBUG", "-fPIC", "-Wall", "-Wextra"]
+        command += ["-fno-unswitch-loops"]  # a tenth of the compiler's time, and no faster code
         command += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
         command += [f"-ffile-prefix-map={ROOT}=.", "-Icsrc"]
         command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}"]

@@ -5,7 +5,7 @@
 #include "channel_attention/params.h"
 #include "common/backend.h"
 
-namespace mafnet {
+namespace mafnet::channel_attention_binding {
 namespace {
 
 ChannelImages images_of(const char* op, const Tensor& input) {
@@ -118,4 +118,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("channel_scale_backward", TORCH_BOX(&channel_scale_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::channel_attention_binding

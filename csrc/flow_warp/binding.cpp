@@ -4,7 +4,7 @@
 #include "common/backend.h"
 #include "flow_warp/params.h"
 
-namespace mafnet {
+namespace mafnet::flow_warp_binding {
 namespace {
 
 constexpr const char* kOp = "flow_warp";
@@ -132,4 +132,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("flow_warp_backward", TORCH_BOX(&flow_warp_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::flow_warp_binding

@@ -1,7 +1,7 @@
 // Torch side of modulated_deform_conv2d: check, allocate, fill params, launch.
 #include "modulated_deform_conv2d/call.h"
 
-namespace mafnet {
+namespace mafnet::modulated_deform_conv2d_binding {
 namespace {
 
 Call make_offset_call(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
@@ -54,4 +54,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("modulated_deform_conv2d_backward", TORCH_BOX(&modulated_deform_conv2d_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::modulated_deform_conv2d_binding

@@ -3,7 +3,7 @@
 
 #include "modulated_deform_conv2d/call.h"
 
-namespace mafnet {
+namespace mafnet::deform_align_binding {
 namespace {
 
 constexpr const char* kFlowNames[2] = {"flow_1", "flow_2"};
@@ -101,4 +101,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("deform_align_backward", TORCH_BOX(&deform_align_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::deform_align_binding

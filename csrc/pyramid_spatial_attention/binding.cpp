@@ -3,7 +3,7 @@
 // docstrings in Python name.
 #include "pyramid_spatial_attention/binding.h"
 
-namespace mafnet {
+namespace mafnet::pyramid_spatial_attention_binding {
 namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -254,4 +254,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("resize_add_backward", TORCH_BOX(&resize_add_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::pyramid_spatial_attention_binding

@@ -1,7 +1,7 @@
 // Torch side of spatial_gate: check, allocate, fill params, launch.
 #include "pyramid_spatial_attention/binding.h"
 
-namespace mafnet {
+namespace mafnet::spatial_gate_binding {
 namespace {
 
 void flatten_pixels(SpatialGateParams& p) {
@@ -113,4 +113,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("spatial_gate_backward", TORCH_BOX(&spatial_gate_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::spatial_gate_binding

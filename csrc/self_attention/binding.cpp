@@ -6,7 +6,7 @@
 #include "common/backend.h"
 #include "self_attention/params.h"
 
-namespace mafnet {
+namespace mafnet::self_attention_binding {
 namespace {
 
 constexpr const char* kOp = "self_attention";
@@ -133,4 +133,4 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("self_attention_backward", TORCH_BOX(&self_attention_backward));
 }
 
-}  // namespace mafnet
+}  // namespace mafnet::self_attention_binding

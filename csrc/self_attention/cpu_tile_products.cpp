@@ -50,15 +50,23 @@ MAFNET_INLINE void put_row(const float* from, int depth, int piece, int at, uint
   }
 }
 
-// Depth `at` of all columns of B is `piece` of from.
+// Depth `at` of all columns of B is `piece` of from. Two depths of a column lie side by side: words
+// of 32 bits, of which one half is replaced, are vectors, while every other number would be stored
+// one by one.
 MAFNET_INLINE void put_line(const float* from, int columns, int piece, int at, uint16_t* to) {
   const int across = columns / kTile;
-  uint16_t* line = to + int64_t{at / kTileDepth} * across * kTileFactors +
-                   at % kTileDepth / 2 * kTileDepth + at % 2;
+  uint16_t* line =
+      to + int64_t{at / kTileDepth} * across * kTileFactors + at % kTileDepth / 2 * kTileDepth;
+  const int shift = at % 2 * 16;
+  const uint32_t kept = 0xffff0000u >> shift;
   for (int n = 0; n < across; ++n) {
+    uint32_t pairs[kTile];
+    std::memcpy(pairs, line + n * kTileFactors, sizeof(pairs));
     for_pieces(piece, kTile, [&](int i, int p) MAFNET_INLINE_LAMBDA {
-      line[n * kTileFactors + 2 * i] = piece_of(from[n * kTile + i], p);
+      const uint32_t bits = piece_of(from[n * kTile + i], p);
+      pairs[i] = (pairs[i] & kept) | bits << shift;
     });
+    std::memcpy(line + n * kTileFactors, pairs, sizeof(pairs));
   }
 }
 
@@ -146,7 +154,7 @@ std::vector<Step> token_steps(int tiles, int pieces) {
 
 void pack_a(const float* from, int64_t stride, int rows, const DepthPlan& plan, int depth,
             uint16_t* to) {
-  with_simd([&]() MAFNET_INLINE_LAMBDA {
+  run_avx512([&]() MAFNET_INLINE_LAMBDA {
     for (int r = 0; r < rows; ++r) {
       uint16_t* row = to + int64_t{r / kTile} * plan.tiles * kTileFactors + r % kTile * kTileDepth;
       for (size_t s = 0; s < plan.a_pieces.size(); ++s) {
@@ -158,7 +166,7 @@ void pack_a(const float* from, int64_t stride, int rows, const DepthPlan& plan, 
 
 void pack_b(const float* from, int64_t stride, int columns, const DepthPlan& plan, int depth,
             uint16_t* to) {
-  with_simd([&]() MAFNET_INLINE_LAMBDA {
+  run_avx512([&]() MAFNET_INLINE_LAMBDA {
     for (size_t s = 0; s < plan.b_pieces.size(); ++s) {
       for (int d = 0; d < depth; ++d) {
         const int at = static_cast<int>(s) * plan.slot + d;
@@ -170,7 +178,7 @@ void pack_b(const float* from, int64_t stride, int columns, const DepthPlan& pla
 
 void pack_a_tokens(const float* from, int64_t stride, int rows, int tokens, int pieces, int tiles,
                    uint16_t* to) {
-  with_simd([&]() MAFNET_INLINE_LAMBDA {
+  run_avx512([&]() MAFNET_INLINE_LAMBDA {
     for (int r = 0; r < rows; ++r) {
       uint16_t* row = to + int64_t{r / kTile} * tiles * kTileFactors + r % kTile * kTileDepth;
       for (int k = 0; k < tokens; k += kTileDepth) {
@@ -185,7 +193,7 @@ void pack_a_tokens(const float* from, int64_t stride, int rows, int tokens, int 
 
 void pack_b_tokens(const float* from, int64_t stride, int tokens, int columns, int pieces,
                    uint16_t* to) {
-  with_simd([&]() MAFNET_INLINE_LAMBDA {
+  run_avx512([&]() MAFNET_INLINE_LAMBDA {
     for (int k = 0; k < tokens; ++k) {
       for (int i = 0; i < pieces; ++i) {
         const int at = (k / kTileDepth * pieces + i) * kTileDepth + k % kTileDepth;
