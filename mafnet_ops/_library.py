@@ -35,6 +35,7 @@ class _Op:
 
 
 _OPS: dict[str, _Op] = {}
+_WHOLES: dict[str, str] = {}  # part -> op
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -94,6 +95,7 @@ def register_op(
     name: str,
     kernels: tuple[str, ...] = (),
     other: Callable[[str], Backend | None] | None = None,
+    parts: tuple[str, ...] = (),
 ) -> frozenset[str]:
     """Enter a public op into the table that ``doctor`` prints.
 
@@ -103,11 +105,13 @@ def register_op(
             native backend when its library implements all of them.
         other: asked first, with a device type; a backend, or None for the native one where it is there, else
             PyTorch.
+        parts: public functions that the same kernels run.
 
     Returns:
         The device types with native kernels.
     """
     _OPS[name] = _Op(kernels, other)
+    _WHOLES.update(dict.fromkeys(parts, name))
     return frozenset(device for device in _DISPATCH_KEYS if _has_kernels(kernels, device))
 
 
@@ -115,6 +119,11 @@ def _has_kernels(kernels: tuple[str, ...], device_type: str) -> bool:
     key = _DISPATCH_KEYS[device_type]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return bool(kernels) and all(has(f"mafnet_ops::{kernel}", key) for kernel in kernels)
+
+
+def op_of(function: str) -> str | None:
+    """The registered op that a public function is, or is a part of."""
+    return function if function in _OPS else _WHOLES.get(function)
 
 
 def op_names() -> tuple[str, ...]:

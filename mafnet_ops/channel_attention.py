@@ -168,7 +168,9 @@ _SCHEMAS = (
 )
 for _schema in _SCHEMAS:
     _library.LIBRARY.define(_schema)
-_NATIVE_DEVICES = _library.register_op(_OP, tuple(s.partition("(")[0] for s in _SCHEMAS))
+_NATIVE_DEVICES = _library.register_op(
+    _OP, tuple(s.partition("(")[0] for s in _SCHEMAS), parts=("channel_statistics",)
+)
 
 
 def _fake(name: str) -> Any:

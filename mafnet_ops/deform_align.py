@@ -155,8 +155,10 @@ _library.LIBRARY.define(
 )
 
 
-def _backend(device_type: str) -> _library.Backend:
+def _backend(device_type: str) -> _library.Backend | None:
     """Where there is no kernel for raw offsets the convolution decides."""
+    if device_type in _NATIVE_DEVICES:
+        return None
     convolution = _library.backend("modulated_deform_conv2d", device_type)
     return _library.Backend(
         convolution.name, f"prologue in PyTorch, then modulated_deform_conv2d: {convolution.reason}"

@@ -69,8 +69,9 @@ def _public_ops() -> list[str]:
 
 
 def _op_report(op: str, device: str) -> OpReport:
-    if op in _library.op_names():
-        backend = _library.backend(op, device)
+    registered = _library.op_of(op)
+    if registered is not None:
+        backend = _library.backend(registered, device)
     else:
         backend = _library.Backend("pytorch", "this op has no kernel of its own")
     return OpReport(op, device, backend.name, backend.reason)

@@ -35,7 +35,9 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     _library.LIBRARY.define(_schema)
 _NATIVE_DEVICES = _library.register_op(
-    "pyramid_spatial_attention", tuple(s.partition("(")[0] for s in _SCHEMAS)
+    "pyramid_spatial_attention",
+    tuple(s.partition("(")[0] for s in _SCHEMAS),
+    parts=("pool_concat", "pool_concat_conv", "resize_add", "spatial_gate"),
 )
 
 
