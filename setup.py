@@ -272,8 +272,10 @@ class BuildExt(build_ext):
         name = ext.name.rpartition(".")[2]
         bindings = [source for source in ext.sources if "/binding" in source]
         together = self._include_all(directory / f"{name}-bindings.cpp", bindings)
+        others = [source for source in ext.sources if source not in bindings]
+        others.sort(key=lambda source: -(ROOT / source).stat().st_size)  # no long one at the end
         objects = []
-        for source in [str(together), *(s for s in ext.sources if s not in bindings)]:
+        for source in [str(together), *others]:
             output = (
                 directory / f"{name}-{source.removeprefix(f'{directory}/').replace('/', '-')}.o"
             )
