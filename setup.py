@@ -37,7 +37,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "75;80;86;89;90a;100+PTX;120"
-# Assembled from the PTX of the second, where that is listed too: the same machine code in less time.
+# Assembled from the PTX of the second, where that is listed too, in less time: the sources ask for
+# sm_80 and sm_90 at most (common/prims.cuh), so that its own PTX would be the same.
 SHARED_PTX = {"86": "80", "89": "80", "120": "100"}
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11, the oldest whose stable ABI has all we use
 PYTHON_TARGET = "0x030a0000"  # CPython 3.10

@@ -46,9 +46,7 @@ class Part:
     size: Size  # of the output
     slope: float = 0.1
     from_feature: bool = False
-    misaligned: str = (
-        ""  # the name of an image, of a result too, that vectors of 16 bytes do not fit
-    )
+    misaligned: str = ""  # which image, a result perhaps, vectors of 16 bytes do not fit
 
     @staticmethod
     def random(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -387,14 +388,39 @@ def with_stored_out(out: Tensor) -> Any:
     return Attention.apply
 
 
+class LongDoubleAttention(torch.autograd.Function):
+    """The formulas in NumPy's long double, more digits than fp64 where the CPU has them; results are fp64."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        q, k, v = (t.detach().numpy().astype(np.longdouble) for t in (query, key, value))
+        score = scale * (q @ k.swapaxes(-1, -2))
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        weight /= weight.sum(-1, keepdims=True)
+        ctx.given = q, k, v, weight, scale
+        return torch.from_numpy((weight @ v).astype(np.float64))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, weight, scale = ctx.given
+        grad = grads[0].numpy().astype(np.longdouble)
+        through = grad @ v.swapaxes(-1, -2)
+        score = scale * weight * (through - (weight * through).sum(-1, keepdims=True))
+        made = score @ k, score.swapaxes(-1, -2) @ q, weight.swapaxes(-1, -2) @ grad
+        return *(torch.from_numpy(g.astype(np.float64)) for g in made), None
+
+
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 @pytest.mark.parametrize("scale", [0.5, -0.25, 0.0])
 def test_several_blocks(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
     given = unequal(shape, dtype)
     wide = [t.double() for t in given]
-    largest = max(1.0, abs(scale) * (wide[0] @ wide[1].mT).abs().max().item())
-    exact = [sdpa(*wide, scale), *gradients(sdpa, wide, scale)]
+    if dtype == DOUBLE:
+        exact = gradients(LongDoubleAttention.apply, given, scale)
+        exact.insert(0, LongDoubleAttention.apply(*given, scale))
+    else:
+        exact = [sdpa(*wide, scale), *gradients(sdpa, wide, scale)]
     actual = [attention(*given, scale), *gradients(attention, given, scale)]
     baseline = [sdpa(*given, scale), *gradients(sdpa, given, scale)]
     if dtype in (torch.float16, torch.bfloat16):
@@ -403,10 +429,7 @@ def test_several_blocks(shape: tuple[int, ...], dtype: torch.dtype, scale: float
             if (s - e).abs().max() > (b - e).abs().max():
                 baseline[i] = s.to(dtype)
     for name, a, b, e in zip(("out", "query", "key", "value"), actual, baseline, exact):
-        # Both sides of fp64 are rounded: two walks. Of a score they are as long as it is large, and exp makes its
-        # absolute error a relative one of the weight.
-        terms = sum(shape[2:]) * (4 * math.ceil(largest) ** 2 if dtype == DOUBLE else 1)
-        assert_as_accurate(a, e if dtype == DOUBLE else b, e, name, terms)
+        assert_as_accurate(a, b, e, name, sum(shape[2:]))
 
 
 @pytest.mark.skipif(not NATIVE, reason="the extension is not built")
