@@ -13,12 +13,16 @@ CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_FILES) $(shell find tests -t
 # Ops with kernels, tested again with fresh memory full of NaN.
 POISONED := $(addprefix tests/ops/test_,flow_warp.py modulated_deform_conv2d.py deform_align.py)
 
+# Timings, which no other test may run beside.
+SPEED := tests/ops/test_speed.py
+
 .PHONY: test test-compat lint format build kernels demo clean
 .DELETE_ON_ERROR:
 
 test: build lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore $(SPEED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --poison $(POISONED)
+	$(BIN)/python -m pytest -q $(SPEED)
 
 # The drop-ins beside the libraries that they stand in for; torchvision brings a torch of its own, 6 GB in all.
 test-compat: build/venv-compat/installed build

@@ -1,14 +1,15 @@
 """The CPU kernels stay faster than what they replace: F.grid_sample, SDPA, recipes and chains of PyTorch's ops.
 
-Ratios of interleaved minima of process time on one thread, which hold on a busy machine; the bars lie well below what
-an idle one shows (docs/ops/flow_warp.md). The rival gets its grid for nothing.
+Ratios of interleaved minima of process time on one thread. `make test` runs this file by itself: beside another process
+on the sibling of its core a kernel's minima move by a tenth. The bars lie below what an idle machine shows
+(docs/ops/flow_warp.md). The rival gets its grid for nothing.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ pytestmark = pytest.mark.skipif(
 
 CHANNELS, HEIGHT, WIDTH = 64, 180, 320
 ROUNDS = 9
+# Minima only fall: where a first look misses a bar, more rounds tell a slow kernel from a disturbed run.
+LOOKS = 5
 # D_qk beside D_v = 64, and how many times as fast as SDPA at least
 ATTENTION = [(8, torch.float32, 2.5), (8, torch.bfloat16, 4.0)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -47,14 +50,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def minima(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
+def minima(functions: Sequence[Callable[[], object]]) -> list[float]:
     best = [float("inf")] * len(functions)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for i, function in enumerate(functions):
             start = time.process_time()
             function()
             best[i] = min(best[i], time.process_time() - start)
     return best
+
+
+def assert_faster(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    bar: float,
+    without: Sequence[Callable[[], object]] = (),
+) -> None:
+    """ours takes at most 1 / bar of theirs; of both, the time of the functions in without is taken off first."""
+    best = [float("inf")] * (2 + len(without))
+    for _ in range(LOOKS):
+        best = [min(pair) for pair in zip(best, minima([ours, theirs, *without]))]
+        our_time, their_time = (t - off for t, off in zip(best, best[2:] or [0.0, 0.0]))
+        if their_time >= bar * our_time:
+            return
+    raise AssertionError(f"{their_time / our_time:.2f} times as fast, the bar is {bar}")
 
 
 def make_case(layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +108,7 @@ def test_forward(layout: str, dtype: torch.dtype, bar: float) -> None:
     image, flow, grid = make_case(layout, dtype)
     low_grid = grid.to(dtype)  # what grid_sample insists on
     with torch.no_grad():
-        ours, theirs = minima([lambda: flow_warp(image, flow), lambda: sample(image, low_grid)])
-    assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
+        assert_faster(lambda: flow_warp(image, flow), lambda: sample(image, low_grid), bar)
 
 
 @pytest.mark.parametrize(
@@ -108,15 +126,12 @@ def test_backward(layout: str, dtype: torch.dtype, bar: float) -> None:
     grad = torch.randn_like(image)
     leaves = [t.clone(memory_format=torch.preserve_format) for t in (image, flow, grid.to(dtype))]
     x, f, g = (leaf.requires_grad_() for leaf in leaves)
-    forward = minima([lambda: flow_warp(x, f), lambda: sample(x, g)])
-    both = minima(
-        [
-            lambda: torch.autograd.grad(flow_warp(x, f), (x, f), grad),
-            lambda: torch.autograd.grad(sample(x, g), (x, g), grad),
-        ]
+    assert_faster(
+        lambda: torch.autograd.grad(flow_warp(x, f), (x, f), grad),
+        lambda: torch.autograd.grad(sample(x, g), (x, g), grad),
+        bar,
+        without=[lambda: flow_warp(x, f), lambda: sample(x, g)],
     )
-    ours, theirs = (b - a for a, b in zip(forward, both))
-    assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
 
 
 @pytest.mark.parametrize("layout", list(FORMATS))
@@ -150,7 +165,12 @@ def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, width: in
 # ------------------------------------------------------------------------------------- deform_align
 
 
-def align_minima(groups: int, parts: int, backward: bool) -> list[float]:
+@pytest.mark.parametrize(
+    ("groups", "parts", "backward", "bar"),
+    [(8, 1, False, 1.2), (8, 2, False, 1.3), (8, 1, True, 1.05), (8, 2, True, 1.15)],
+    ids=str,
+)
+def test_deform_align_beats_its_recipe(groups: int, parts: int, backward: bool, bar: float) -> None:
     """The fused op, and its recipe: offsets by PyTorch, for each part again, then our own convolution."""
     height, width = HEIGHT // 2, WIDTH // 2
     image = torch.randn(1, CHANNELS, height, width)
@@ -172,17 +192,7 @@ def align_minima(groups: int, parts: int, backward: bool) -> list[float]:
         if backward:
             torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    return minima([lambda: step(fused), lambda: step(recipe)])
-
-
-@pytest.mark.parametrize(
-    ("groups", "parts", "backward", "bar"),
-    [(8, 1, False, 1.2), (8, 2, False, 1.3), (8, 1, True, 1.05), (8, 2, True, 1.15)],
-    ids=str,
-)
-def test_deform_align_beats_its_recipe(groups: int, parts: int, backward: bool, bar: float) -> None:
-    ours, theirs = align_minima(groups, parts, backward)
-    assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
+    assert_faster(lambda: step(fused), lambda: step(recipe), bar)
 
 
 # ------------------------------------------------------------------------------------ self_attention
@@ -194,13 +204,11 @@ def test_attention_forward(depth: int, dtype: torch.dtype, bar: float) -> None:
     query, key = (torch.randn(1, 1, 4096, depth).to(dtype) for _ in range(2))
     value = torch.randn(1, 1, 4096, 64).to(dtype)
     with torch.no_grad():
-        ours, theirs = minima(
-            [
-                lambda: self_attention(query, key, value, 0.125),
-                lambda: F.scaled_dot_product_attention(query, key, value, scale=0.125),
-            ]
+        assert_faster(
+            lambda: self_attention(query, key, value, 0.125),
+            lambda: F.scaled_dot_product_attention(query, key, value, scale=0.125),
+            bar,
         )
-    assert theirs >= bar * ours, f"{theirs / ours:.2f} times as fast, the bar is {bar}"
 
 
 # ----------------------------------------------------------------------- pyramid_spatial_attention
@@ -230,7 +238,5 @@ def test_pyramid_spatial_attention(
         return torch.autograd.grad(function(*leaves), leaves, tensors[0])
 
     with torch.no_grad():
-        ours, theirs = minima([lambda: row.call(*tensors), lambda: row.baseline(*tensors)], 5)
-    assert theirs >= forward_bar * ours, f"{theirs / ours:.2f} times as fast, not {forward_bar}"
-    ours, theirs = minima([lambda: train(row.call), lambda: train(row.baseline)], 5)
-    assert theirs >= both_bar * ours, f"{theirs / ours:.2f} times as fast, not {both_bar}"
+        assert_faster(lambda: row.call(*tensors), lambda: row.baseline(*tensors), forward_bar)
+    assert_faster(lambda: train(row.call), lambda: train(row.baseline), both_bar)
