@@ -1,4 +1,4 @@
-"""Networks of the real libraries, unpatched and patched: the same weights, as accurate outputs and gradients."""
+"""Networks of the real libraries, unpatched and patched: with the same weights the same outputs and gradients."""
 
 from __future__ import annotations
 
@@ -40,19 +40,30 @@ def results(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"output": output.detach(), **grads}
 
 
-def assert_patched_is_as_accurate(net: nn.Module, x: Tensor, library: str, terms: int) -> None:
-    """In fp32, against the unpatched network in fp64. ``terms``: the products that an element of a layer sums."""
-    exact = results(copy.deepcopy(net).double(), x.double())
-    theirs = results(net, x)
+def assert_patched_is_the_same(net: nn.Module, x: Tensor, library: str, terms: int) -> None:
+    """In fp64 patched equals unpatched to rounding; in fp32 it is as close to that.
+
+    ``terms``: the products that an element of a layer sums; gradients of parameters sum over the pixels of all frames
+    too. In fp64 errors add up over the layers. Fp32 takes the other side of a kink now and then (a ReLU, a sample that
+    crosses a pixel), in theirs as in ours, which moves all gradients below by up to 1e-2: in which layer is luck, so
+    gradients are compared together, each as a share of its largest value.
+    """
+    wide = copy.deepcopy(net).double()
+    exact, theirs = results(wide, x.double()), results(net, x)
     with patch(library):
-        ours = results(net, x)
+        ours_wide, ours = results(wide, x.double()), results(net, x)
     assert ours.keys() == theirs.keys() == exact.keys()
-    pixels = (
-        x.numel() // x.shape[-3]
-    )  # of all frames: the gradient of a parameter sums over them too
+    layers = sum(parameter.ndim > 1 for parameter in net.parameters())
+    summed = terms * (x.numel() // x.shape[-3])
     for name, expected in exact.items():
-        summed = terms if name == "output" else terms * pixels
-        assert_as_accurate(ours[name], theirs[name], expected, name, summed)
+        assert_as_accurate(ours_wide[name], expected, expected, name, summed * layers)
+
+    def shares(values: dict[str, Tensor]) -> Tensor:
+        gradients = [values[k] / exact[k].abs().max().to(values[k].dtype) for k in exact]
+        return torch.cat([g.flatten() for g in gradients])
+
+    assert_as_accurate(ours["output"], theirs["output"], exact["output"], "output", terms)
+    assert_as_accurate(shares(ours), shares(theirs), shares(exact), "gradients", summed)
     assert any(not torch.equal(ours[k], theirs[k]) for k in ours), "nothing was replaced"
     after = results(net, x)
     assert all(torch.equal(after[k], theirs[k]) for k in theirs), "the patch was not undone"
@@ -68,7 +79,7 @@ def edvr(basicsr: ModuleType) -> nn.Module:
 
 @pytest.mark.slow
 def test_edvr(edvr: nn.Module) -> None:
-    assert_patched_is_as_accurate(edvr, torch.rand(1, 5, 3, 16, 20), "basicsr", terms=9 * 40)
+    assert_patched_is_the_same(edvr, torch.rand(1, 5, 3, 16, 20), "basicsr", terms=9 * 40)
 
 
 @pytest.mark.slow
@@ -78,13 +89,13 @@ def test_basicvsr_plus_plus(basicsr: ModuleType, monkeypatch: pytest.MonkeyPatch
         context.setattr(torch.cuda, "is_available", lambda: True)
         net = liven(basicsr.archs.basicvsrpp_arch.BasicVSRPlusPlus(8, 1))
     x = torch.rand(1, 3, 3, 64, 64)  # the smallest that it takes
-    assert_patched_is_as_accurate(net, x, "basicsr", terms=9 * 40)
+    assert_patched_is_the_same(net, x, "basicsr", terms=9 * 40)
 
 
 @pytest.mark.slow
 def test_tof_warp(basicsr: ModuleType) -> None:
     net = basicsr.archs.tof_arch.TOFlow().eval()
-    assert_patched_is_as_accurate(net, torch.rand(1, 7, 3, 32, 32), "basicsr", terms=49 * 64)
+    assert_patched_is_the_same(net, torch.rand(1, 7, 3, 32, 32), "basicsr", terms=49 * 64)
 
 
 def test_basicsr_convolutions_run_on_the_cpu(basicsr: ModuleType) -> None:
@@ -124,7 +135,9 @@ class Detector(nn.Module):
 
     def __init__(self, convolution: Callable[..., nn.Module]) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.offset = nn.Conv2d(8, 27 * 2, 3, 2, 1)
         self.layer = convolution(8, 12, 3, stride=2, padding=1, groups=2, bias=False)
         self.head = nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 5, 1))
@@ -137,7 +150,7 @@ class Detector(nn.Module):
 
 def test_detector(torchvision: ModuleType) -> None:
     net = liven(Detector(torchvision.ops.DeformConv2d))
-    assert_patched_is_as_accurate(net, torch.rand(2, 3, 41, 37), "torchvision", terms=9 * 8)
+    assert_patched_is_the_same(net, torch.rand(2, 3, 41, 37), "torchvision", terms=9 * 8)
     ours = Detector(our_torchvision.DeformConv2d)
     ours.load_state_dict(net.state_dict())
     x = torch.rand(2, 3, 41, 37)

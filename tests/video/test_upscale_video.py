@@ -290,7 +290,7 @@ def test_full_disk(tmp_path: Path) -> None:
     make_video(tmp_path / "in.mp4", count=25)
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-c", FULL_DISK, tests, tests.parent, "in.mp4", "out.mp4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stderr.strip() == "out.mp4: writing fails: File too large"
     assert os.listdir(tmp_path) == ["in.mp4"]
