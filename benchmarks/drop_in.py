@@ -73,8 +73,51 @@ def _convolution() -> tuple[nn.Module, Tensor]:
     return _Convolution(), torch.rand(1, 64, 96, 160)
 
 
+class _Deformable(nn.Module):
+    """In the place of a 3x3 convolution: offsets and mask from a head, as in detectors with DCNv2."""
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        super().__init__()
+        import torchvision
+
+        sizes = plain.in_channels, plain.out_channels
+        self.layer = torchvision.ops.DeformConv2d(*sizes, 3, plain.stride, padding=1, bias=False)
+        self.head = nn.Conv2d(plain.in_channels, 27, 3, plain.stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, mask = self.head(x).split([18, 9], 1)
+        out: Tensor = self.layer(x, offset, mask.sigmoid())
+        return out
+
+
+def _detector() -> tuple[nn.Module, Tensor]:
+    """RetinaNet's backbone and pyramid of features on a ResNet-18 whose last two stages are deformable."""
+    from torchvision.models import resnet18
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    body = resnet18().eval()
+    for stage in (body.layer3, body.layer4):
+        for block in stage:
+            block.conv1, block.conv2 = _Deformable(block.conv1), _Deformable(block.conv2)
+    net = _resnet_fpn_extractor(body, trainable_layers=5)
+    return _Last(net), torch.rand(1, 3, 256, 320)
+
+
+class _Last(nn.Module):
+    """The finest map of a pyramid of features."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        finest: Tensor = self.net(x)["0"]
+        return finest
+
+
 CASES: dict[str, tuple[str, Callable[[], tuple[nn.Module, Tensor]]]] = {
     "torchvision DeformConv2d, 64 channels, 96x160": ("torchvision", _convolution),
+    "torchvision ResNet-18 FPN, 4 deformable blocks, 256x320": ("torchvision", _detector),
     "BasicSR EDVR, 64 channels, 5 frames of 64x96": ("basicsr", _edvr),
     "BasicSR BasicVSR++, 32 channels, 4 frames of 64x96": ("basicsr", _basicvsrpp),
     "BasicSR TOFlow, 7 frames of 64x96": ("basicsr", _tof),

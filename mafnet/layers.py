@@ -69,7 +69,8 @@ class FeatureExtractor(nn.Module):
 
 
 def _halve(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    # Of an even size the padding is in no window. With ceil_mode inductor compiles even and odd sizes apart.
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)
 
 
 def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:

@@ -126,9 +126,14 @@ Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
   if (p.grad_bias != nullptr) grad_bias.resize(int64_t{slots} * p.out_channels);
   with_dtype<A>(p.dtype, [&](auto type) {
     const auto* from = static_cast<const typename decltype(type)::type*>(p.weight);
-    for_weights(p, segments, [&](int s, int column, int o, int64_t at) {
-      weight.data()[weight_at[s] + int64_t{o} * round_up(columns_of(s), kColumnPad) + column] =
-          static_cast<A>(from[at]);
+    for_weight_blocks(p, segments, [&](const WeightBlock& b) {
+      const int64_t row = round_up(columns_of(b.segment), kColumnPad);
+      for (int o = 0; o < b.outputs; ++o) {
+        A* to = weight.data() + weight_at[b.segment] + (b.output + o) * row;
+        for (int e = 0; e < b.elements; ++e) {
+          to[b.column(e)] = static_cast<A>(from[b.from + o * b.row + e]);
+        }
+      }
     });
   });
 }

@@ -171,13 +171,19 @@ void sum_slots(const ModulatedDeformConv2dParams& p, const Backward<A>& f) {
   with_dtype<A>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (p.grad_weight != nullptr) {
-      for_weights(p, f.segments, [&](int s, int column, int o, int64_t at) {
-        A sum = 0;
+      for_weight_blocks(p, f.segments, [&](const WeightBlock& b) {
+        A sums[WeightBlock::kElements][WeightBlock::kOutputs] = {};
         for (int slot = 0; slot < f.slots; ++slot) {
-          sum +=
-              f.grad_weight.data()[slot * f.slot_size + f.grad_at[s] + int64_t{column} * f.out + o];
+          const A* from = f.grad_weight.data() + slot * f.slot_size + f.grad_at[b.segment];
+          for (int e = 0; e < b.elements; ++e) {
+            const A* row = from + int64_t{b.column(e)} * f.out + b.output;
+            for (int o = 0; o < WeightBlock::kOutputs; ++o) sums[e][o] += row[o];
+          }
         }
-        static_cast<T*>(p.grad_weight)[at] = static_cast<T>(sum);
+        for (int o = 0; o < b.outputs; ++o) {
+          T* to = static_cast<T*>(p.grad_weight) + b.from + o * b.row;
+          for (int e = 0; e < b.elements; ++e) to[e] = static_cast<T>(sums[e][o]);
+        }
       });
     }
     for (int o = 0; o < p.out_channels && p.grad_bias != nullptr; ++o) {

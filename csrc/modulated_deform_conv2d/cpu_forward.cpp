@@ -27,10 +27,19 @@ constexpr int kRun = 16;
 // Of rewritten input; more only where offsets are wild in a large image.
 constexpr int64_t kWindowBytes = 32 << 20;
 
-// How a forward pass is cut up, and its weight: a row of out channels for each column.
+// Out channels that lie side by side in the weight: as many as the widest tile of sums has, so that
+// a product reads the weight as it lies.
+constexpr int kPanel = 64;
+
+// How a forward pass is cut up, and its weight: panels of out channels, in each a row for each
+// column.
 template <typename A>
 struct Forward {
   explicit Forward(const ModulatedDeformConv2dParams& p);
+
+  // The weight of row `row` in the panel that begins at out channel `output`, and how many follow.
+  int width(int output) const { return std::min(panel, out - output); }
+  int64_t at(int64_t row, int output) const { return rows * output + row * width(output); }
 
   // Of the channels of a chunk, its segments and weight in the next twin.
   int next_segment() const { return static_cast<int>(segments.size()) / twins; }
@@ -43,6 +52,7 @@ struct Forward {
   int block;                  // pixels
   int row;                    // of columns
   int out;                    // out channels of a group, padded
+  int panel;                  // out channels at most
   Buffer<A> weight, bias;     // bias: [group][out]
   // With bfloat16 features and tiles: samples are rounded to bfloat16, as PyTorch's own convolution
   // of them would be, and `tiles` is the weight of each chunk and twin, from tiles_at on.
@@ -60,16 +70,29 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
       block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
       out(round_up(p.group_outputs(), kColumnPad)),
+      panel(out),
       weight(static_cast<size_t>(rows) * out),
       bias(static_cast<size_t>(p.groups) * out),
       in_bf16(p.dtype == Dtype::kBFloat16 && has_bf16_tiles()),
       tiles(0) {
   for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
+  // Five vectors are one tile too; tiles of bfloat16 are packed from whole rows below.
+  if (out > 5 * kColumnPad && !in_bf16) panel = kPanel;
   with_dtype<A>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* from = static_cast<const T*>(p.weight);
-    for_weights(p, segments, [&](int s, int column, int o, int64_t at) {
-      weight.data()[(segments[s].row + column) * out + o] = static_cast<A>(from[at]);
+    for_weight_blocks(p, segments, [&](const WeightBlock& b) {
+      A rows_of[WeightBlock::kElements][WeightBlock::kOutputs] = {};
+      for (int o = 0; o < b.outputs; ++o) {
+        for (int e = 0; e < b.elements; ++e) {
+          rows_of[e][o] = static_cast<A>(from[b.from + o * b.row + e]);
+        }
+      }
+      const int begin = b.output / panel * panel;
+      for (int e = 0; e < b.elements; ++e) {
+        A* to = weight.data() + at(segments[b.segment].row + b.column(e), begin);
+        std::copy_n(rows_of[e], WeightBlock::kOutputs, to + (b.output - begin));
+      }
     });
     if (p.bias == nullptr) return;
     for (int o = 0; o < p.out_channels; ++o) {
@@ -237,9 +260,12 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
             continue;
           }
         }
-        const A* weight = f.weight.data() + (chunk.row + twin * f.next_row()) * f.out;
-        multiply(Matrix<A>{columns_of(twin), f.row, 1}, weight, f.out, b.count, chunk.depth, f.out,
-                 sums, f.out, true);
+        const Matrix<A> columns{columns_of(twin), f.row, 1};
+        const int64_t row = chunk.row + twin * f.next_row();
+        for (int o = 0; o < f.out; o += f.panel) {
+          multiply(columns, f.weight.data() + f.at(row, o), f.width(o), b.count, chunk.depth,
+                   f.width(o), sums + o, f.out, true);
+        }
       }
     }
   }

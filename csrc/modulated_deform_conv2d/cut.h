@@ -2,6 +2,8 @@
 // and the weight packed in that order.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -86,22 +88,47 @@ inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int 
   return chunks;
 }
 
-// Calls body(segment, column, out channel of the group, index) for every element of the weight, the
-// column in the order [tap][stored channel].
+// Some elements of the weight: element e of out channel o, both counted from the block's first,
+// lies at from + o * row + e, and belongs in column column(e) of the segment, in the order
+// [tap][stored channel].
+struct WeightBlock {
+  static constexpr int kOutputs = 16;  // a line of the cache of them
+  static constexpr int kElements = 64;
+  int column(int e) const { return (first + e) % taps * stored + (first + e) / taps; }
+
+  int segment;
+  int output, outputs;  // of the group, the first a multiple of kOutputs
+  int elements;
+  int64_t from, row;
+  int first, taps, stored;
+};
+
+// Calls body(block) until all of the weight has come; threads share it by out channels.
 template <typename Body>
-void for_weights(const ModulatedDeformConv2dParams& p, const std::vector<Segment>& segments,
-                 const Body& body) {
-  for (int i = 0; i < static_cast<int>(segments.size()); ++i) {
-    const Segment& s = segments[i];
-    for (int o = 0; o < p.group_outputs(); ++o) {
-      for (int c = 0; c < s.channels; ++c) {
-        const int64_t at =
-            ((int64_t{s.group} * p.group_outputs() + o) * p.group_channels() + s.group_low + c) *
-            p.taps();
-        for (int k = 0; k < p.taps(); ++k) body(i, k * s.stored + c, o, at + k);
+void for_weight_blocks(const ModulatedDeformConv2dParams& p, const std::vector<Segment>& segments,
+                       const Body& body) {
+  constexpr int kOutputs = WeightBlock::kOutputs, kElements = WeightBlock::kElements;
+  const int outputs = p.group_outputs(), taps = p.taps();
+  const int64_t row = int64_t{p.group_channels()} * taps;
+  // A few thousand elements are not worth a thread.
+  const int64_t grain = 1 + (1 << 14) / (kOutputs * int64_t{p.channels} * taps);
+  const auto of_outputs = [&](int output) {
+    const int count = std::min(kOutputs, outputs - output);
+    for (int i = 0; i < static_cast<int>(segments.size()); ++i) {
+      const Segment& s = segments[i];
+      const int64_t from =
+          (int64_t{s.group} * outputs + output) * row + int64_t{s.group_low} * taps;
+      for (int first = 0; first < s.channels * taps; first += kElements) {
+        const int elements = std::min(kElements, s.channels * taps - first);
+        body(WeightBlock{i, output, count, elements, from + first, row, first, taps, s.stored});
       }
     }
-  }
+  };
+  torch::stable::parallel_for(0, (outputs + kOutputs - 1) / kOutputs, grain,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i)
+                                  of_outputs(static_cast<int>(i) * kOutputs);
+                              });
 }
 
 }  // namespace mafnet
