@@ -5,13 +5,12 @@
 // goes through its pixels in blocks that fit the first cache; a block's sums are floats, and blocks
 // add up in double. What tasks and blocks are depends on the shape alone, so that the sums have the
 // same bits for any number of threads.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "channel_attention/params.h"
 #include "common/fresh_memory.h"
+#include "common/parallel.h"
 #include "common/pixels.h"
 #include "common/vectors.h"
 
@@ -212,7 +211,7 @@ class Totals {
 
 template <typename Body>
 void for_tasks(int64_t tasks, int64_t grain, const Body& body) {
-  torch::stable::parallel_for(0, tasks, grain, body);
+  parallel_for(0, tasks, grain, body);
 }
 
 template <typename A>

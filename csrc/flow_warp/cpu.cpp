@@ -6,14 +6,13 @@
 // Forward and grad_flow: one task per span of output pixels. grad_input: one task per band of its
 // rows, which only that task writes; it visits the source rows that reach the band in raster order.
 // No atomics, and the same sums in the same order whatever the number of threads.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "common/fresh_memory.h"
+#include "common/parallel.h"
 #include "common/simd.h"
 #include "flow_warp/cpu_bilinear.h"
 #include "flow_warp/cpu_generic.h"
@@ -59,7 +58,7 @@ void for_each_span(const FlowWarpParams& p, const Body& body) {
   // Planes need long spans; channels_last does not.
   const int64_t length = p.channels_last ? std::clamp<int64_t>(wanted, 64, kSpan) : kSpan;
   const int64_t per_image = divide_up(pixels, length);
-  torch::stable::parallel_for(0, p.batch * per_image, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % per_image * length;
       body(PixelSpan{task / per_image, first, static_cast<int>(std::min(length, pixels - first))});
@@ -104,7 +103,7 @@ std::vector<RowRange> find_ranges(const FlowWarpParams& p) {
   const auto find = is_fast(p) ? bilinear_kernels().row_range : &generic_row_range;
   std::vector<RowRange> ranges(static_cast<size_t>(p.batch * p.out_height));
   const int64_t grain = divide_up(kTaskElements, std::max(p.out_width, 1));
-  torch::stable::parallel_for(0, p.batch * p.out_height, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * p.out_height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       ranges[r] = find(p, r / p.out_height, static_cast<int>(r % p.out_height));
     }
@@ -126,7 +125,7 @@ void grad_input(const FlowWarpParams& p) {
   const int64_t chunk = p.channels_last ? p.channels : kTileChannels;
   const int64_t chunks = chunk == 0 ? 0 : divide_up(p.channels, chunk);
   const bool in_place = p.channels_last && p.dtype == Dtype::kFloat32;
-  torch::stable::parallel_for(0, p.batch * bands * chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * bands * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer;
     if (fast && !in_place) buffer.resize((kBandRows * p.width + kTilePixels) * chunk);
     std::vector<Tile> tiles;

@@ -1,12 +1,11 @@
 // How a backward pass on the CPU is cut up: bands of rows, slots, blocks; and its packed weight.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "common/parallel.h"
 #include "common/pixels.h"
 #include "modulated_deform_conv2d/cut.h"
 #include "modulated_deform_conv2d/plan.h"
@@ -68,7 +67,7 @@ inline int slots_of(const ModulatedDeformConv2dParams& p, int64_t weight_bytes) 
 template <typename A>
 int bands_of(const ModulatedDeformConv2dParams& p, int slots, int stored, int64_t flow_bytes) {
   const int64_t bytes = int64_t{p.height} * p.width * stored * sizeof(A);
-  const int64_t tasks = torch::stable::get_num_threads();
+  const int64_t tasks = num_threads();
   int bands = 1;
   while (bands < slots && (bytes > kBandBytes * bands || flow_bytes > kFlowBytes * bands ||
                            (p.offset_groups * bands < tasks && p.height >= 64 * bands))) {

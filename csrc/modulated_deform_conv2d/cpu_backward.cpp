@@ -17,8 +17,7 @@
 // No atomics. Pixels of grad_input sum up in the order of the blocks; grad_weight and grad_bias by
 // slots, fixed parts of the image, that are added in their order at the end. So the result has the
 // same bits whatever the number of threads and of bands.
-#include <torch/csrc/stable/ops.h>
-
+#include "common/parallel.h"
 #include "modulated_deform_conv2d/backward_block.h"
 
 namespace mafnet {
@@ -155,7 +154,7 @@ template <typename A>
 void find_ranges(const ModulatedDeformConv2dParams& p, const Backward<A>& f, int64_t n,
                  RowRange* ranges) {
   const int64_t count = static_cast<int64_t>(f.pieces.size());
-  torch::stable::parallel_for(0, p.offset_groups * count, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.offset_groups * count, 16, [&](int64_t begin, int64_t end) {
     Buffer<Plan<A>> plan(1);
     for (int64_t task = begin; task < end; ++task) {
       const Piece& piece = f.pieces[task % count];
@@ -205,7 +204,7 @@ void sum_flows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t first, i
     int begin = 0, end = p.offset_groups;
     while (p.raw.flow_of(begin, p.offset_groups) != which) ++begin;
     while (p.raw.flow_of(end - 1, p.offset_groups) != which) --end;
-    torch::stable::parallel_for(0, 2, 1, [&](int64_t axis, int64_t stop) {
+    parallel_for(0, 2, 1, [&](int64_t axis, int64_t stop) {
       for (; axis < stop; ++axis) {
         const auto plane = [&](int group) {
           return sums + (int64_t{2} * group + 1 - axis) * pixels;  // x is channel 0
@@ -233,17 +232,16 @@ void backward(const ModulatedDeformConv2dParams& p) {
       const int64_t first = f.first_pixel(p, low);
       const int64_t pixels = f.first_pixel(p, low + f.slice) - first;
       if (with_flow) flow_sums.resize(2 * p.offset_groups * pixels);
-      torch::stable::parallel_for(
-          0, int64_t{p.offset_groups} * f.slice, 1, [&](int64_t begin, int64_t end) {
-            Scratch<A> scratch(f);
-            for (int64_t i = begin; i < end; ++i) {
-              const int g = static_cast<int>(i / f.slice);
-              const int band = low + static_cast<int>(i % f.slice);
-              const RowRange* mine = banded ? ranges.data() + g * f.pieces.size() : nullptr;
-              A* grad_flow = with_flow ? flow_sums.data() + 2 * g * pixels : nullptr;
-              backward_task(Task<A>{p, f, scratch, mine, grad_flow, first, pixels, n, g, band});
-            }
-          });
+      parallel_for(0, int64_t{p.offset_groups} * f.slice, 1, [&](int64_t begin, int64_t end) {
+        Scratch<A> scratch(f);
+        for (int64_t i = begin; i < end; ++i) {
+          const int g = static_cast<int>(i / f.slice);
+          const int band = low + static_cast<int>(i % f.slice);
+          const RowRange* mine = banded ? ranges.data() + g * f.pieces.size() : nullptr;
+          A* grad_flow = with_flow ? flow_sums.data() + 2 * g * pixels : nullptr;
+          backward_task(Task<A>{p, f, scratch, mine, grad_flow, first, pixels, n, g, band});
+        }
+      });
       if (with_flow) sum_flows(p, n, first, pixels, flow_sums.data());
     }
   }

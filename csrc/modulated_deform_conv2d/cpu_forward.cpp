@@ -11,9 +11,8 @@
 // For the same reason the input is first rewritten as [offset group][row][column][channel] in the
 // accumulators' type: small images whole, large ones in bands of output rows, each with the rows of
 // input that its samples touch, so that the memory is bounded.
-#include <torch/csrc/stable/ops.h>
-
 #include "common/gemm_bf16.h"
+#include "common/parallel.h"
 #include "common/pixels.h"
 #include "modulated_deform_conv2d/cut.h"
 #include "modulated_deform_conv2d/plan.h"
@@ -149,7 +148,7 @@ void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange
   window.rows = rows;
   window.data.resize(window.slabs * count * window.row_stride,
                      window.column_stride != p.offset_group_channels());
-  torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t slab = 0; slab < window.slabs; ++slab) {
         const int64_t first = n * p.input_stride[0] + (rows.low + y) * p.input_stride[2] +
@@ -284,21 +283,20 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
 template <typename A>
 RowRange touched_rows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t row, int64_t end) {
   std::vector<RowRange> ranges(static_cast<size_t>((end - row) * p.offset_groups));
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(ranges.size()), 4, [&](int64_t begin, int64_t stop) {
-        Buffer<Plan<A>> plan(1);
-        for (int64_t i = begin; i < stop; ++i) {
-          RowRange all{p.height, 0};
-          for (int x = 0; x < p.out_width; x += kMaxBlock) {
-            const Block b{n, (row + i / p.offset_groups) * p.out_width + x,
-                          std::min(kMaxBlock, p.out_width - x)};
-            const int g = static_cast<int>(i % p.offset_groups);
-            const RowRange range = touched_rows(p, b, g, *plan.data());
-            all = {std::min(all.low, range.low), std::max(all.high, range.high)};
-          }
-          ranges[i] = all;
-        }
-      });
+  parallel_for(0, static_cast<int64_t>(ranges.size()), 4, [&](int64_t begin, int64_t stop) {
+    Buffer<Plan<A>> plan(1);
+    for (int64_t i = begin; i < stop; ++i) {
+      RowRange all{p.height, 0};
+      for (int x = 0; x < p.out_width; x += kMaxBlock) {
+        const Block b{n, (row + i / p.offset_groups) * p.out_width + x,
+                      std::min(kMaxBlock, p.out_width - x)};
+        const int g = static_cast<int>(i % p.offset_groups);
+        const RowRange range = touched_rows(p, b, g, *plan.data());
+        all = {std::min(all.low, range.low), std::max(all.high, range.high)};
+      }
+      ranges[i] = all;
+    }
+  });
   RowRange all{p.height, 0};
   for (const RowRange& r : ranges) all = {std::min(all.low, r.low), std::max(all.high, r.high)};
   return {std::min(all.low, all.high), all.high};
@@ -321,16 +319,14 @@ void forward(const ModulatedDeformConv2dParams& p) {
       const int64_t first = row * p.out_width, end = end_row * p.out_width;
       const int64_t blocks = (end - first + f.block - 1) / f.block;
       // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
-      const int64_t run =
-          f.block * std::clamp<int64_t>(blocks / (4 * torch::stable::get_num_threads()), 1, kRun);
-      torch::stable::parallel_for(
-          0, (end - first + run - 1) / run, 1, [&](int64_t begin, int64_t stop) {
-            Scratch<A> scratch(p, f);
-            for (int64_t task = begin; task < stop; ++task) {
-              forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
-                             window, scratch);
-            }
-          });
+      const int64_t run = f.block * std::clamp<int64_t>(blocks / (4 * num_threads()), 1, kRun);
+      parallel_for(0, (end - first + run - 1) / run, 1, [&](int64_t begin, int64_t stop) {
+        Scratch<A> scratch(p, f);
+        for (int64_t task = begin; task < stop; ++task) {
+          forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
+                         window, scratch);
+        }
+      });
     }
   }
 }

@@ -2,13 +2,12 @@
 // and the weight packed in that order.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "common/gemm.h"
+#include "common/parallel.h"
 #include "common/vectors.h"
 #include "modulated_deform_conv2d/params.h"
 
@@ -124,11 +123,9 @@ void for_weight_blocks(const ModulatedDeformConv2dParams& p, const std::vector<S
       }
     }
   };
-  torch::stable::parallel_for(0, (outputs + kOutputs - 1) / kOutputs, grain,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i)
-                                  of_outputs(static_cast<int>(i) * kOutputs);
-                              });
+  parallel_for(0, (outputs + kOutputs - 1) / kOutputs, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) of_outputs(static_cast<int>(i) * kOutputs);
+  });
 }
 
 }  // namespace mafnet

@@ -2,6 +2,7 @@
 // Backward makes the feature again instead of keeping it.
 #include <cmath>
 
+#include "common/parallel.h"
 #include "pyramid_spatial_attention/rows.h"
 
 namespace mafnet {
@@ -113,38 +114,37 @@ template <typename A>
 void forward(const SpatialGateParams& p) {
   const Gate<A> gate(p);
   prepare(p.output, p.batch, int64_t{p.channels} * p.height * p.width);
-  torch::stable::parallel_for(
-      0, p.batch * p.height * gate.per_row, 1, [&](int64_t begin, int64_t end) {
-        Block<A> block(gate);
-        for (int64_t index = begin; index < end; ++index) {
-          block.read(p, gate, index);
-          const Row<A> input = read_row(p.input, block.n, block.y, block.x, block.count, p.channels,
-                                        block.values.data(), gate.row);
-          A* features = block.features.data();
-          const bool dense = p.output.dtype == kDense<A> && p.output.stride[1] == 1;
-          A* out = features;
-          int64_t out_stride = gate.row;
-          if (dense) {
-            out = static_cast<A*>(p.output.data) + element_at(p.output, block.n, block.y, block.x);
-            out_stride = p.output.stride[3];
-          }
-          const Row<A> mask = block.mask;
-          const A scale = gate.scale, slope = gate.slope;
-          const int row = gate.row, channels = p.channels, count = block.count;
-          const bool from_feature = p.from_feature;
-          for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-            using V = typename decltype(type)::type;
-            const V feature = leaky_relu(load<V>(features + i * row + c), slope);
-            const V from = from_feature ? feature : load<V>(mask.data + i * mask.stride + c);
-            const V gated = sigmoid(from, A{}) * scale;
-            store<V>(out + i * out_stride + c,
-                     load<V>(input.data + i * input.stride + c) * gated + feature);
-          });
-          if (!dense) {
-            write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
-          }
-        }
+  parallel_for(0, p.batch * p.height * gate.per_row, 1, [&](int64_t begin, int64_t end) {
+    Block<A> block(gate);
+    for (int64_t index = begin; index < end; ++index) {
+      block.read(p, gate, index);
+      const Row<A> input = read_row(p.input, block.n, block.y, block.x, block.count, p.channels,
+                                    block.values.data(), gate.row);
+      A* features = block.features.data();
+      const bool dense = p.output.dtype == kDense<A> && p.output.stride[1] == 1;
+      A* out = features;
+      int64_t out_stride = gate.row;
+      if (dense) {
+        out = static_cast<A*>(p.output.data) + element_at(p.output, block.n, block.y, block.x);
+        out_stride = p.output.stride[3];
+      }
+      const Row<A> mask = block.mask;
+      const A scale = gate.scale, slope = gate.slope;
+      const int row = gate.row, channels = p.channels, count = block.count;
+      const bool from_feature = p.from_feature;
+      for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+        using V = typename decltype(type)::type;
+        const V feature = leaky_relu(load<V>(features + i * row + c), slope);
+        const V from = from_feature ? feature : load<V>(mask.data + i * mask.stride + c);
+        const V gated = sigmoid(from, A{}) * scale;
+        store<V>(out + i * out_stride + c,
+                 load<V>(input.data + i * input.stride + c) * gated + feature);
       });
+      if (!dense) {
+        write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
+      }
+    }
+  });
 }
 
 // Whether the channels of an image are planes whose pixels lie side by side.
@@ -166,7 +166,7 @@ void forward_planes(const SpatialGateParams& p) {
   load_bias(p.bias, p.dtype, channels, bias.data());
   prepare(p.output, p.batch, int64_t{channels} * p.height * p.width);
   const int64_t per_row = divide_up(p.width, kPlaneBlock);
-  torch::stable::parallel_for(0, p.batch * p.height * per_row, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * p.height * per_row, 1, [&](int64_t begin, int64_t end) {
     const size_t size = rows * kPlaneBlock;
     Buffer<A> masks(size), features(size), inputs(size, false);
     const A scale = static_cast<A>(p.scale), slope = static_cast<A>(p.negative_slope);
@@ -221,7 +221,7 @@ void backward(const SpatialGateParams& p) {
   const int64_t per_chunk = divide_up(blocks, chunks);
   Partials<A> partials(static_cast<int>(chunks), channels, row, row, need_weight);
 
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Block<A> block(gate);
     Buffer<A> outputs(block.size), to_inputs(block.size), to_masks(block.size);
     for (int64_t index = begin * per_chunk; index < std::min(blocks, end * per_chunk); ++index) {

@@ -1,6 +1,7 @@
 // pool_concat, and the convolutions whose kernel is 1 x 1: pointwise_conv, and pool_concat_conv,
 // which pools into the rows that it multiplies. Backward pools again instead of keeping what was
 // pooled or which tap won: the input must be kept anyway, for the gradient of the weight.
+#include "common/parallel.h"
 #include "pyramid_spatial_attention/pool.h"
 
 namespace mafnet {
@@ -47,22 +48,21 @@ void forward(const PyramidConvParams& p, bool pooled) {
 
   const A slope = static_cast<A>(p.negative_slope);
   const int64_t per_row = divide_up(p.out_width, kBlock);
-  torch::stable::parallel_for(
-      0, p.batch * p.out_height * per_row, 1, [&](int64_t begin, int64_t end) {
-        Features<A> features(p, pooled, kBlock);
-        Buffer<A> rows(size_t{padded_rows(kBlock)} * row), sums(size_t{padded_rows(kBlock)} * out);
-        Buffer<uint16_t> scratch(product.scratch(kBlock), false);
-        for (int64_t task = begin; task < end; ++task) {
-          const int x = static_cast<int>(task % per_row) * kBlock;
-          const int y = static_cast<int>(task / per_row % p.out_height);
-          const int64_t n = task / per_row / p.out_height;
-          const int count = std::min(kBlock, p.out_width - x);
-          const Row<A> read = features.read(n, y, x, count, rows.data(), row);
-          fill_rows(bias.data(), out, count, sums.data(), out);
-          product.add(read.data, read.stride, count, sums.data(), out, scratch.data());
-          write_activated(sums.data(), out, count, p.out_channels, slope, p.output, n, y, x);
-        }
-      });
+  parallel_for(0, p.batch * p.out_height * per_row, 1, [&](int64_t begin, int64_t end) {
+    Features<A> features(p, pooled, kBlock);
+    Buffer<A> rows(size_t{padded_rows(kBlock)} * row), sums(size_t{padded_rows(kBlock)} * out);
+    Buffer<uint16_t> scratch(product.scratch(kBlock), false);
+    for (int64_t task = begin; task < end; ++task) {
+      const int x = static_cast<int>(task % per_row) * kBlock;
+      const int y = static_cast<int>(task / per_row % p.out_height);
+      const int64_t n = task / per_row / p.out_height;
+      const int count = std::min(kBlock, p.out_width - x);
+      const Row<A> read = features.read(n, y, x, count, rows.data(), row);
+      fill_rows(bias.data(), out, count, sums.data(), out);
+      product.add(read.data, read.stride, count, sums.data(), out, scratch.data());
+      write_activated(sums.data(), out, count, p.out_channels, slope, p.output, n, y, x);
+    }
+  });
 }
 
 // Adds up the gradient of the input of pooling, rows from top to bottom, whatever the order of the
@@ -138,7 +138,7 @@ void backward(const PyramidConvParams& p, bool pooled) {
   const A slope = static_cast<A>(p.negative_slope);
   const Source result = as_source(p.output);
 
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, pooled, block);
     const size_t pad = padded_rows(block);
     // The product for the weight reads a tile of rows beyond the last gradient.
@@ -198,7 +198,7 @@ void backward(const PyramidConvParams& p, bool pooled) {
 template <typename A>
 void pool_forward(const PyramidConvParams& p) {
   const int channels = 2 * p.channels;
-  torch::stable::parallel_for(0, p.batch * p.out_height, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * p.out_height, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, true, kBlock);
     Buffer<A> rows(static_cast<size_t>(kBlock) * channels, false);
     for (int64_t r = begin; r < end; ++r) {
@@ -218,7 +218,7 @@ void pool_backward(const PyramidConvParams& p) {
   const int channels = 2 * p.channels;
   // No sum depends on how rows are shared out here, so that the threads may decide.
   const int64_t rows = p.batch * p.out_height;
-  torch::stable::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
     Unpooler<A> unpooler(p);
     Buffer<A> buffer(static_cast<size_t>(p.out_width) * channels, false);
     for (int64_t r = begin; r < end; ++r) {

@@ -1,5 +1,6 @@
 // resize_add and its transpose, row by row: first along the rows, which are mixed as a whole, then
 // along the columns.
+#include "common/parallel.h"
 #include "pyramid_spatial_attention/resize.h"
 
 namespace mafnet {
@@ -81,7 +82,7 @@ void apply(const ResizeAddParams& p, const Source& from, int from_width, const T
            const Target& to) {
   prepare(to, p.batch, int64_t{p.channels} * height * width);
   const bool in_place = to.dtype == kDense<A> && to.stride[1] == 1;
-  torch::stable::parallel_for(0, p.batch * height, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * height, 4, [&](int64_t begin, int64_t end) {
     Buffer<A> read(0), mixed(static_cast<size_t>(from_width) * p.channels, false);
     const size_t size = static_cast<size_t>(width) * p.channels;
     Buffer<A> pixels(in_place ? 0 : size, false), others(other ? size : 0, false);

@@ -8,6 +8,7 @@
 //   output(Y, X) = bias + sum over ky and the rows i that make Y + ky - 1 of weight * Z[ky](i, X)
 // A tap outside the large map has no terms. At the size of the input this is the plain convolution.
 // Backward is the transpose: Z and P become the gradients of what they are here.
+#include "common/parallel.h"
 #include "pyramid_spatial_attention/resize.h"
 
 namespace mafnet {
@@ -185,11 +186,11 @@ void forward(const PyramidConvParams& p) {
   }
   // Bands only as many as threads need: each begins with rows of Z that its neighbour made, too.
   // What the bands are has no bearing on the sums.
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t wanted = threads == 1 ? 1 : divide_up(4 * threads, p.batch * strips);
   const int64_t bands = std::clamp<int64_t>(wanted, 1, divide_up(p.out_height, 8));
   const int band = static_cast<int>(divide_up(p.out_height, bands));
-  torch::stable::parallel_for(0, p.batch * strips * bands, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * strips * bands, 1, [&](int64_t begin, int64_t end) {
     Strip<A> strip(p, plan, product, bias.data(), most);
     for (int64_t task = begin; task < end; ++task) {
       const int first = static_cast<int>(task % bands) * band;
@@ -357,7 +358,7 @@ void backward(const PyramidConvParams& p) {
   const int64_t chunks = std::clamp<int64_t>(tasks, 1, kMostChunks);
   const int64_t per_chunk = divide_up(tasks, chunks);
   Partials<A> partials(static_cast<int>(chunks), p.channels, row, plan.out, need_weight);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     BackwardStrip<A> strip(p, plan, row_uses, column_uses, product);
     for (int64_t task = begin * per_chunk; task < std::min(tasks, end * per_chunk); ++task) {
       const int64_t first = task % bands * band, x = task / bands % strips * kBackwardStrip;

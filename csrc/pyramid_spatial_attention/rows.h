@@ -3,13 +3,12 @@
 // the caches; tensors have any dtype and strides.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "common/fresh_memory.h"
 #include "common/gemm.h"
 #include "common/gemm_bf16.h"
+#include "common/parallel.h"
 #include "common/pixels.h"
 #include "common/vectors.h"
 #include "pyramid_spatial_attention/params.h"
@@ -234,7 +233,7 @@ class Partials {
   // The sums of all chunks in those of the first.
   void reduce() {
     if (chunks_ < 2) return;
-    torch::stable::parallel_for(0, size_, 4096, [&](int64_t begin, int64_t end) {
+    parallel_for(0, size_, 4096, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
         const A* from = weight(chunk);
         for (int64_t i = begin; i < end; ++i) sums_.data()[i] += from[i];

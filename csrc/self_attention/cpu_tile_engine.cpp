@@ -2,6 +2,7 @@
 // round. Scores are computed as key x query, so that a vector holds the scores of 16 queries with
 // one key: largest scores, sums, lse and delta are vectors, and weights leave their registers in
 // the order that the next product reads.
+#include "common/parallel.h"
 #include "self_attention/driver.h"
 #include "self_attention/engines.h"
 #include "self_attention/tile_weights.h"
@@ -340,7 +341,7 @@ uint32_t largest_bits(const SelfAttentionParams& p, const Tokens& tokens, int64_
   whole.heads = p.heads;
   whole.queries = whole.keys = count;
   std::atomic<uint32_t> largest{0};
-  torch::stable::parallel_for(0, p.batch * p.heads * blocks, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * p.heads * blocks, 8, [&](int64_t begin, int64_t end) {
     Buffer<float> numbers(static_cast<size_t>(kBlock) * depth, false);
     uint32_t most = 0;
     for (int64_t i = begin; i < end; ++i) {

@@ -6,10 +6,9 @@
 // in which order, follows from the shapes alone: the bits are the same for any number of threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cstddef>
 
+#include "common/parallel.h"
 #include "common/vectors.h"
 #include "self_attention/tokens.h"
 
@@ -42,7 +41,7 @@ Group make_group(const SelfAttentionParams& p, int64_t bytes_of_problem) {
 template <typename Body>
 void for_blocks(const SelfAttentionParams& p, const Group& group, int64_t blocks, int block,
                 bool of_keys, const Body& body) {
-  torch::stable::parallel_for(0, group.count * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, group.count * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
       const Problem problem = make_problem(p, group.first + slot / blocks);
       const int64_t first = slot % blocks * block;
@@ -68,24 +67,23 @@ void run_forward(const SelfAttentionParams& p) {
                [&](const Problem& problem, int64_t slot, int64_t first, int count) {
                  engine.pack_keys(problem, first, count, keys.data() + slot * key_bytes);
                });
-    torch::stable::parallel_for(
-        0, group.count * group.query_blocks, 1, [&](int64_t begin, int64_t end) {
-          typename Engine::Scratch scratch(engine);
-          for (int64_t slot = begin; slot < end; ++slot) {
-            const int64_t member = slot / group.query_blocks;
-            const Problem problem = make_problem(p, group.first + member);
-            const int64_t first = slot % group.query_blocks * Engine::kQueries;
-            const int64_t count = std::min<int64_t>(problem.queries - first, Engine::kQueries);
-            if (count <= 0) continue;
-            engine.start(problem, first, static_cast<int>(count), scratch);
-            for (int64_t k = 0; k < problem.keys; k += Engine::kKeys) {
-              const int64_t block = member * group.key_blocks + k / Engine::kKeys;
-              const int64_t left = std::min<int64_t>(problem.keys - k, Engine::kKeys);
-              engine.attend(keys.data() + block * key_bytes, static_cast<int>(left), scratch);
-            }
-            engine.finish(problem, first, scratch);
-          }
-        });
+    parallel_for(0, group.count * group.query_blocks, 1, [&](int64_t begin, int64_t end) {
+      typename Engine::Scratch scratch(engine);
+      for (int64_t slot = begin; slot < end; ++slot) {
+        const int64_t member = slot / group.query_blocks;
+        const Problem problem = make_problem(p, group.first + member);
+        const int64_t first = slot % group.query_blocks * Engine::kQueries;
+        const int64_t count = std::min<int64_t>(problem.queries - first, Engine::kQueries);
+        if (count <= 0) continue;
+        engine.start(problem, first, static_cast<int>(count), scratch);
+        for (int64_t k = 0; k < problem.keys; k += Engine::kKeys) {
+          const int64_t block = member * group.key_blocks + k / Engine::kKeys;
+          const int64_t left = std::min<int64_t>(problem.keys - k, Engine::kKeys);
+          engine.attend(keys.data() + block * key_bytes, static_cast<int>(left), scratch);
+        }
+        engine.finish(problem, first, scratch);
+      }
+    });
   }
 }
 
@@ -118,7 +116,7 @@ void run_backward(const SelfAttentionParams& p) {
                [&](const Problem& problem, int64_t slot, int64_t first, int count) {
                  engine.pack_queries(problem, first, count, queries.data() + slot * query_bytes);
                });
-    torch::stable::parallel_for(0, group.count * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, group.count * parts, 1, [&](int64_t begin, int64_t end) {
       typename Engine::Scratch scratch(engine);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t member = task / parts;
