@@ -81,8 +81,9 @@ class _Deformable(nn.Module):
         import torchvision
 
         sizes = plain.in_channels, plain.out_channels
-        self.layer = torchvision.ops.DeformConv2d(*sizes, 3, plain.stride, padding=1, bias=False)
-        self.head = nn.Conv2d(plain.in_channels, 27, 3, plain.stride, 1)
+        stride = plain.stride[0]
+        self.layer = torchvision.ops.DeformConv2d(*sizes, 3, stride, padding=1, bias=False)
+        self.head = nn.Conv2d(plain.in_channels, 27, 3, stride, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         offset, mask = self.head(x).split([18, 9], 1)
