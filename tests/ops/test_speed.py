@@ -76,15 +76,22 @@ def assert_faster(
     raise AssertionError(f"{their_time / our_time:.2f} times as fast, the bar is {bar}")
 
 
-def make_case(layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def make_case(
+    layout: str, dtype: torch.dtype, height: int = HEIGHT
+) -> tuple[Tensor, Tensor, Tensor]:
     """Image, smooth flow in pixels, and the grid that says the same to grid_sample."""
-    image = torch.randn(1, CHANNELS, HEIGHT, WIDTH).to(dtype, memory_format=FORMATS[layout])
+    image = torch.randn(1, CHANNELS, height, WIDTH).to(dtype, memory_format=FORMATS[layout])
     coarse = 4 * torch.randn(1, 2, 5, 8)
-    flow = F.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic").permute(0, 2, 3, 1)
-    y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    size = torch.tensor([WIDTH - 1, HEIGHT - 1])
+    flow = F.interpolate(coarse, size=(height, WIDTH), mode="bicubic").permute(0, 2, 3, 1)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(WIDTH), indexing="ij")
+    size = torch.tensor([WIDTH - 1, height - 1])
     grid = 2 * (torch.stack([x, y], -1) + flow) / size - 1
     return image, flow.contiguous(), grid.contiguous()
+
+
+def height_of(dtype: torch.dtype) -> int:
+    """In half precision grid_sample leaves its memory above 32,767 pixels, and the process may end."""
+    return HEIGHT if dtype == torch.float32 else HEIGHT // 2
 
 
 def sample(image: Tensor, grid: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ def sample(image: Tensor, grid: Tensor) -> Tensor:
     ids=str,
 )
 def test_forward(layout: str, dtype: torch.dtype, bar: float) -> None:
-    image, flow, grid = make_case(layout, dtype)
+    image, flow, grid = make_case(layout, dtype, height_of(dtype))
     low_grid = grid.to(dtype)  # what grid_sample insists on
     with torch.no_grad():
         assert_faster(lambda: flow_warp(image, flow), lambda: sample(image, low_grid), bar)
@@ -122,7 +129,7 @@ def test_forward(layout: str, dtype: torch.dtype, bar: float) -> None:
     ids=str,
 )
 def test_backward(layout: str, dtype: torch.dtype, bar: float) -> None:
-    image, flow, grid = make_case(layout, dtype)
+    image, flow, grid = make_case(layout, dtype, height_of(dtype))
     grad = torch.randn_like(image)
     leaves = [t.clone(memory_format=torch.preserve_format) for t in (image, flow, grid.to(dtype))]
     x, f, g = (leaf.requires_grad_() for leaf in leaves)
