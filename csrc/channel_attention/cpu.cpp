@@ -209,11 +209,6 @@ class Totals {
   Buffer<double> sums_;
 };
 
-template <typename Body>
-void for_tasks(int64_t tasks, int64_t grain, const Body& body) {
-  parallel_for(0, tasks, grain, body);
-}
-
 template <typename A>
 bool has_nan(const A* x, int stride, int count) {
   for (int i = 0; i < count; ++i) {
@@ -230,7 +225,7 @@ void statistics_forward(const ChannelStatisticsParams& p) {
   Buffer<A> maxima(static_cast<size_t>(cut.tasks * cut.width), false);
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   std::fill_n(maxima.data(), maxima.size(), kLowest);
-  for_tasks(cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     Buffer<A> buffer(static_cast<size_t>(cut.block) * cut.width, false);
     const size_t width = static_cast<size_t>(cut.width);
     Buffer<A> sums(width, false), maxima_of_block(width, false);
@@ -285,7 +280,7 @@ void statistics_backward(const ChannelStatisticsParams& p) {
   const PerChannel<A> grad_mean(images, p.grad_statistics, 0, 2 * row);
   const PerChannel<A> grad_max(images, p.grad_statistics, row, 2 * row);
   Totals<kPlanes> winners(cut);
-  for_tasks(cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     Buffer<A> buffer(static_cast<size_t>(cut.block) * cut.width, false);
     Buffer<A> block(static_cast<size_t>(cut.width), false);
     for (int64_t task = begin; task < end; ++task) {
@@ -314,7 +309,7 @@ void statistics_backward(const ChannelStatisticsParams& p) {
     }
   }
   prepare_output(p.grad_input, images.batch * cut.channels * cut.pixels * bytes_of(images.dtype));
-  for_tasks(cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     const size_t size = static_cast<size_t>(cut.block) * cut.width;
     Buffer<A> buffer(size, false), results(size, false);
     for (int64_t task = begin; task < end; ++task) {
@@ -346,7 +341,7 @@ void scale_backward(const ChannelScaleParams& p) {
   if (p.grad_input != nullptr) {
     prepare_output(p.grad_input, images.batch * cut.channels * cut.pixels * bytes_of(images.dtype));
   }
-  for_tasks(cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     const size_t size = static_cast<size_t>(cut.block) * cut.width;
     Buffer<A> buffer(size, false), grads(size, false), results(size, false);
     Buffer<A> block(static_cast<size_t>(cut.width), false);
