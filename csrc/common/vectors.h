@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -142,6 +143,41 @@ MAFNET_INLINE VectorOf<A, 4> sums_of(const V& a, const V& b, const V& c, const V
     for (int i = 0; i < kLanes; ++i) sums += VectorOf<A, 4>{a[i], b[i], c[i], d[i]};
     return sums;
   }
+}
+
+// Rows and columns of N vectors of N numbers change places. Where the compiler has no shuffles,
+// number by number.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MAFNET_HAS_SHUFFLES
+// Blocks of kSize x kSize that lie beside the diagonal of blocks twice as large change places.
+template <int kSize, typename V, int N, int... I>
+MAFNET_INLINE void swap_blocks(V (&rows)[N], std::integer_sequence<int, I...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) {
+    if (i & kSize) continue;
+    const V upper = rows[i], lower = rows[i + kSize];
+    rows[i] = __builtin_shufflevector(upper, lower, (I & kSize ? N + I - kSize : I)...);
+    rows[i + kSize] = __builtin_shufflevector(upper, lower, (I & kSize ? N + I : I + kSize)...);
+  }
+}
+#endif
+#endif
+
+template <typename V, int N>
+MAFNET_INLINE void transpose(V (&rows)[N]) {
+  static_assert(N == 4 || N == 8 || N == 16);
+#if defined(MAFNET_HAS_SHUFFLES)
+  constexpr std::make_integer_sequence<int, N> kColumns;
+  swap_blocks<1>(rows, kColumns);
+  swap_blocks<2>(rows, kColumns);
+  if constexpr (N >= 8) swap_blocks<4>(rows, kColumns);
+  if constexpr (N >= 16) swap_blocks<8>(rows, kColumns);
+#else
+  for (int i = 0; i < N; ++i) {
+    for (int j = 0; j < i; ++j) std::swap(rows[i][j], rows[j][i]);
+  }
+#endif
 }
 
 // Memory that begins on a cache line; zeroed unless told otherwise. What is large lies on huge

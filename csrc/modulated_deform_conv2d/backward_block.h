@@ -60,12 +60,22 @@ struct Task {
 
 // Rows of grad_output of a block, padded with zeros.
 template <typename A>
-void read_grad_output(const ModulatedDeformConv2dParams& p, const Block& b, int group, A* grad,
-                      int64_t row) {
+void make_grad_rows(const ModulatedDeformConv2dParams& p, const Block& b, int group, A* grad,
+                    int64_t row) {
   const int64_t first = b.n * p.grad_output_stride[0] + b.first * p.grad_output_stride[2] +
                         int64_t{group} * p.group_outputs() * p.grad_output_stride[1];
   gather_pixels({p.grad_output, p.dtype, first, p.grad_output_stride[2], p.grad_output_stride[1]},
                 b.count, p.group_outputs(), grad, row);
+}
+
+// The same where they are made already, else in buffer.
+template <typename A>
+const A* grad_rows_of(const Task<A>& t, const Block& b, int group, A* buffer) {
+  if (t.f.grad_rows.size() > 0) {
+    return t.f.grad_rows.data() + (group * t.p.pixels() + b.first) * t.f.out;
+  }
+  make_grad_rows(t.p, b, group, buffer, t.f.out);
+  return buffer;
 }
 
 // A plane of grad_offset (dy, dx) or grad_mask of a tap of the task's offset group, from a pixel
@@ -144,12 +154,13 @@ struct Twin {
   int index;  // of its segment
   Source<A> source;
   A* grad_input;  // null: not wanted
-  A *columns, *grad_columns, *grad_output, *grad_weight;
+  A *columns, *grad_columns, *buffer, *grad_weight;
+  const A* grad_output = nullptr;  // rows of the block, perhaps in buffer
 };
 
 template <typename A>
 void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
-                    const std::vector<Twin<A>>& twins) {
+                    std::vector<Twin<A>>& twins) {
   const ModulatedDeformConv2dParams& p = t.p;
   const Segment& s = t.f.segments[twins[0].index];
   Scratch<A>& scratch = t.scratch;
@@ -158,9 +169,8 @@ void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
   const int columns = t.f.columns_of(twins[0].index);
   const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
   const bool mine = t.owns(piece);
-  for (const Twin<A>& twin : twins) {
-    const int group = t.f.segments[twin.index].group;
-    read_grad_output(p, b, group, twin.grad_output, t.f.out);
+  for (Twin<A>& twin : twins) {
+    twin.grad_output = grad_rows_of(t, b, t.f.segments[twin.index].group, twin.buffer);
     multiply(Matrix<A>{twin.grad_output, t.f.out, 1}, t.f.weight.data() + t.f.weight_at[twin.index],
              grad_row, b.count, p.group_outputs(), grad_row, twin.grad_columns, grad_row, false);
   }

@@ -20,6 +20,8 @@ constexpr int64_t kSlotBytes = 20 << 20;
 constexpr int64_t kSlotPixels = 768;  // at least: blocks are cut at the ends of slots
 // Of the base flows' gradients by offset group: an image that needs more goes in slices of bands.
 constexpr int64_t kFlowBytes = 4 << 20;
+// Of grad_output as rows: a small image's are made once, a large one's anew in every task.
+constexpr int64_t kRowsBytes = 16 << 20;
 // Of a band of grad_input in a task, at most where slots allow: in or near the second cache.
 constexpr int64_t kBandBytes = 4 << 20;
 
@@ -49,6 +51,7 @@ struct Backward {
   std::vector<int64_t> weight_at, grad_at;  // where a segment begins in weight, in a slot
   std::vector<Piece> pieces;                // of an image, in order
   int64_t slot_size;
+  Buffer<A> grad_rows;    // grad_output of an image, [group][pixel][out channel], or nothing
   Buffer<A> weight;       // [segment][out channel][tap][channel], rows padded
   Buffer<A> grad_weight;  // [slot][segment][tap][channel][out channel]
   Buffer<A> grad_bias;    // [slot][out channel]
@@ -95,6 +98,7 @@ Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
       twins(twins_of(p)),
       segments(make_segments(p, kMaxChannels / std::min(twins, kMaxChannels))),
       slot_size(0),
+      grad_rows(0),
       weight(0),
       grad_weight(0),
       grad_bias(0) {
@@ -119,6 +123,10 @@ Backward<A>::Backward(const ModulatedDeformConv2dParams& p)
          first += kMaxBlock) {
       pieces.push_back({first, static_cast<int>(std::min<int64_t>(kMaxBlock, end - first)), slot});
     }
+  }
+  const int64_t rows_size = p.groups * p.pixels() * out;
+  if (rows_size * static_cast<int64_t>(sizeof(A)) <= kRowsBytes) {
+    grad_rows.resize(rows_size + int64_t{kMaxBlock} * out);  // products read whole tiles of rows
   }
   weight.resize(weight_size);
   if (p.grad_weight != nullptr) grad_weight.resize(slots * slot_size);

@@ -221,6 +221,19 @@ void sum_flows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t first, i
 }
 
 template <typename A>
+void make_grad_rows(const ModulatedDeformConv2dParams& p, int64_t n, Backward<A>& f) {
+  const int64_t blocks = (p.pixels() + kMaxBlock - 1) / kMaxBlock;
+  parallel_for(0, p.groups * blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / blocks, first = i % blocks * kMaxBlock;
+      const Block b{n, first, static_cast<int>(std::min<int64_t>(kMaxBlock, p.pixels() - first))};
+      make_grad_rows(p, b, static_cast<int>(group),
+                     f.grad_rows.data() + (group * p.pixels() + first) * f.out, f.out);
+    }
+  });
+}
+
+template <typename A>
 void backward(const ModulatedDeformConv2dParams& p) {
   Backward<A> f(p);
   const bool banded = f.bands > 1, with_flow = wants_flow(p);
@@ -228,6 +241,7 @@ void backward(const ModulatedDeformConv2dParams& p) {
   Buffer<A> flow_sums(0);
   for (int64_t n = 0; n < p.batch; ++n) {
     if (banded) find_ranges(p, f, n, ranges.data());
+    if (f.grad_rows.size() > 0) make_grad_rows(p, n, f);
     for (int low = 0; low < f.bands; low += f.slice) {
       const int64_t first = f.first_pixel(p, low);
       const int64_t pixels = f.first_pixel(p, low + f.slice) - first;

@@ -30,6 +30,9 @@ constexpr int64_t kWindowBytes = 32 << 20;
 // a product reads the weight as it lies.
 constexpr int kPanel = 64;
 
+// Out channels that are written together.
+constexpr int kPlanes = 16;
+
 // How a forward pass is cut up, and its weight: panels of out channels, in each a row for each
 // column.
 template <typename A>
@@ -268,13 +271,17 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
       }
     }
   }
-  for (int64_t block = 0; block < blocks; ++block) {
-    const Block b = block_of(block);
-    for (int group = 0; group < p.groups; ++group) {
-      const int64_t at = n * p.output_stride[0] + b.first * p.output_stride[2] +
-                         int64_t{group} * p.group_outputs() * p.output_stride[1];
-      scatter_pixels(sums_of(block, group), f.out, b.count, p.group_outputs(),
-                     {p.output, p.dtype, at, p.output_stride[2], p.output_stride[1]});
+  for (int group = 0; group < p.groups; ++group) {
+    // A few planes of all blocks at a time: each is a page of its own for the TLB.
+    for (int o = 0; o < p.group_outputs(); o += kPlanes) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const Block b = block_of(block);
+        const int64_t at = n * p.output_stride[0] + b.first * p.output_stride[2] +
+                           (int64_t{group} * p.group_outputs() + o) * p.output_stride[1];
+        scatter_pixels(sums_of(block, group) + o, f.out, b.count,
+                       std::min(kPlanes, p.group_outputs() - o),
+                       {p.output, p.dtype, at, p.output_stride[2], p.output_stride[1]});
+      }
     }
   }
 }
