@@ -1,4 +1,9 @@
 // Matrix products in bfloat16 by tile registers: 16 times the products per clock of float vectors.
+//
+// A lies in tiles [rows / 16][depth / 32], B in tiles [depth / 32][columns / 16], of which a row is
+// two rows of the matrix side by side. Four tiles of sums share two of A and two of B.
+#include <cstring>
+
 #include "common/gemm_bf16.h"
 #include "common/simd.h"
 #include "common/tiles.h"
@@ -7,9 +12,23 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own headers
 #endif
 
 namespace mafnet {
+namespace {
+
+// A tile is 16 rows of 64 bytes: 16 sums, or 32 factors.
+constexpr int kTileRows = 16, kTileDepth = 32;
+
+int depth_tiles(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
+
+}  // namespace
+
+int64_t tile_elements(int lines, int depth) {
+  const int64_t tiles = (lines + kTileRows - 1) / kTileRows;
+  return tiles * kTileRows * kTileDepth * depth_tiles(depth);
+}
 
 #if defined(MAFNET_HAS_TILES)
 
@@ -27,40 +46,41 @@ bool detect_bf16_tiles() {
   return tiles && rounding && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Tiles 0..3 are sums, 4 is A, 5 and 6 in turn are B.
-template <int kTiles>  // 1 or 4
-MAFNET_TARGET_TILES void multiply_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b,
-                                        int64_t b_row, int depth, float* c, int64_t c_row) {
-  const int64_t c_bytes = c_row * 4;
-  _tile_loadd(0, c, c_bytes);
-  if constexpr (kTiles == 4) {
-    _tile_loadd(1, c + 16, c_bytes);
-    _tile_loadd(2, c + 32, c_bytes);
-    _tile_loadd(3, c + 48, c_bytes);
-  }
-  for (int k = 0; k < depth; k += kBf16Depth) {
-    const uint16_t* right = b + k / 2 * b_row;
-    _tile_loadd(4, a + k, a_row * 2);
-    _tile_loadd(5, right, b_row * 2);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (kTiles == 4) {
-      _tile_loadd(6, right + 32, b_row * 2);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(5, right + 64, b_row * 2);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_loadd(6, right + 96, b_row * 2);
-      _tile_dpbf16ps(3, 4, 6);
-    }
-  }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (kTiles == 4) {
-    _tile_stored(1, c + 16, c_bytes);
-    _tile_stored(2, c + 32, c_bytes);
-    _tile_stored(3, c + 48, c_bytes);
-  }
+constexpr int kTile = kTileRows * kTileDepth;
+
+MAFNET_TARGET_TILES MAFNET_INLINE __m512 load_some(const float* from, int count) {
+  return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1, from);
 }
 
-int padded_depth(int depth) { return (depth + kBf16Depth - 1) / kBf16Depth * kBf16Depth; }
+// Two or one tiles of rows and of columns: sums are tiles 0 .. 3, A is 4 and 5, B is 6 and 7.
+template <int kRows, int kColumns>
+MAFNET_TARGET_TILES void multiply_block(const uint16_t* a, int64_t a_next, const uint16_t* b,
+                                        int64_t b_step, int depth, float* c, int64_t c_row) {
+  const int64_t c_bytes = c_row * 4;
+  float* lower = c + kTileRows * c_row;
+  _tile_loadd(0, c, c_bytes);
+  if constexpr (kColumns == 2) _tile_loadd(1, c + 16, c_bytes);
+  if constexpr (kRows == 2) _tile_loadd(2, lower, c_bytes);
+  if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, lower + 16, c_bytes);
+  for (int t = 0; t < depth; ++t) {
+    _tile_loadd(4, a + t * kTile, 64);
+    _tile_loadd(6, b + t * b_step, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kColumns == 2) {
+      _tile_loadd(7, b + t * b_step + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows == 2) {
+      _tile_loadd(5, a + t * kTile + a_next, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kRows == 2 && kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kColumns == 2) _tile_stored(1, c + 16, c_bytes);
+  if constexpr (kRows == 2) _tile_stored(2, lower, c_bytes);
+  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, lower + 16, c_bytes);
+}
 
 }  // namespace
 
@@ -69,27 +89,36 @@ bool has_bf16_tiles() {
   return has;
 }
 
-MAFNET_TARGET_TILES void round_to_bf16(const float* from, int64_t from_row, int rows, int depth,
-                                       uint16_t* to) {
-  const int padded = padded_depth(depth);
+MAFNET_TARGET_TILES void tile_rows(const float* a, int64_t a_row, int rows, int depth,
+                                   uint16_t* tiles) {
+  const int64_t next = int64_t{depth_tiles(depth)} * kTile;
   for (int r = 0; r < rows; ++r) {
-    for (int k = 0; k < padded; k += 16) {
-      const int left = depth - k;
-      const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-      const __m512 row = _mm512_maskz_loadu_ps(mask, from + r * from_row + k);
-      const __m256bh rounded = _mm512_cvtneps_pbh(row);
-      __builtin_memcpy(to + int64_t{r} * padded + k, &rounded, sizeof(rounded));
+    const float* from = a + r * a_row;
+    uint16_t* to = tiles + r / kTileRows * next + r % kTileRows * kTileDepth;
+    for (int k = 0; k < depth; k += kTileDepth, to += kTile) {
+      const __m512 low = load_some(from + k, depth - k);
+      const __m512 high = load_some(from + k + 16, depth - k - 16);
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+      std::memcpy(to, &rounded, sizeof(rounded));
     }
   }
 }
 
-MAFNET_TARGET_TILES void pack_bf16(const float* b, int64_t b_row, int depth, int columns,
-                                   uint16_t* packed) {
-  for (int k = 0; k < padded_depth(depth); ++k) {
-    for (int n = 0; n < columns; ++n) {
-      uint32_t bits = 0;  // the weights were bfloat16: their upper halves are they
-      if (k < depth) __builtin_memcpy(&bits, b + k * b_row + n, sizeof(bits));
-      packed[(int64_t{k} / 2 * columns + n) * 2 + k % 2] = static_cast<uint16_t>(bits >> 16);
+MAFNET_TARGET_TILES void tile_columns(const float* b, int64_t b_row, int depth, int columns,
+                                      uint16_t* tiles) {
+  const int64_t step = int64_t{columns} * kTileDepth;
+  for (int k = 0; k < depth_tiles(depth) * kTileDepth; k += 2) {
+    uint16_t* to = tiles + k / kTileDepth * step + k % kTileDepth / 2 * kTileDepth;
+    for (int n = 0; n < columns; n += kTileRows, to += kTile) {
+      const float* from = b + k * b_row + n;
+      const __m512 upper = load_some(from, k < depth ? 16 : 0);
+      const __m512 lower = load_some(from + b_row, k + 1 < depth ? 16 : 0);
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(lower, upper);
+      __m512i rows;  // one after the other, to be interleaved
+      std::memcpy(&rows, &rounded, sizeof(rows));
+      const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rows));
+      const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rows, 1));
+      _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
     }
   }
 }
@@ -97,16 +126,15 @@ MAFNET_TARGET_TILES void pack_bf16(const float* b, int64_t b_row, int depth, int
 MAFNET_TARGET_TILES void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth,
                                        int columns, float* c, int64_t c_row) {
   open_tiles();
-  const int64_t a_row = padded_depth(depth), b_row = int64_t{columns} * 2;
-  for (int m = 0; m < rows; m += kBf16Rows) {
-    const uint16_t* left = a + m * a_row;
-    float* out = c + m * c_row;
-    int n = 0;
-    for (; n + 64 <= columns; n += 64) {
-      multiply_tiles<4>(left, a_row, b + 2 * n, b_row, depth, out + n, c_row);
-    }
-    for (; n < columns; n += 16) {
-      multiply_tiles<1>(left, a_row, b + 2 * n, b_row, depth, out + n, c_row);
+  const int deep = depth_tiles(depth);
+  const int64_t a_next = int64_t{deep} * kTile, b_step = int64_t{columns} * kTileDepth;
+  for (int m = 0; m < rows; m += 2 * kTileRows) {
+    for (int n = 0; n < columns; n += 2 * kTileRows) {
+      const bool tall = m + kTileRows < rows, wide = n + kTileRows < columns;
+      const auto multiply = tall ? (wide ? multiply_block<2, 2> : multiply_block<2, 1>)
+                                 : (wide ? multiply_block<1, 2> : multiply_block<1, 1>);
+      multiply(a + m / kTileRows * a_next, a_next, b + n * kTileDepth, b_step, deep,
+               c + m * c_row + n, c_row);
     }
   }
   close_tiles();
@@ -115,8 +143,8 @@ MAFNET_TARGET_TILES void multiply_bf16(const uint16_t* a, const uint16_t* b, int
 #else
 
 bool has_bf16_tiles() { return false; }
-void round_to_bf16(const float*, int64_t, int, int, uint16_t*) {}
-void pack_bf16(const float*, int64_t, int, int, uint16_t*) {}
+void tile_rows(const float*, int64_t, int, int, uint16_t*) {}
+void tile_columns(const float*, int64_t, int, int, uint16_t*) {}
 void multiply_bf16(const uint16_t*, const uint16_t*, int, int, int, float*, int64_t) {}
 
 #endif

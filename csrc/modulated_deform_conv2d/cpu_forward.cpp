@@ -33,6 +33,10 @@ constexpr int kPanel = 64;
 // Out channels that are written together.
 constexpr int kPlanes = 16;
 
+bool takes_tiles(const ModulatedDeformConv2dParams& p) {
+  return p.dtype == Dtype::kBFloat16 && has_bf16_tiles();
+}
+
 // How a forward pass is cut up, and its weight: panels of out channels, in each a row for each
 // column.
 template <typename A>
@@ -67,7 +71,8 @@ template <typename A>
 Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
     : twins(twins_of(p)),
       segments(make_segments(p, p.channels)),
-      chunks(make_chunks(segments, next_segment(), p.taps())),
+      chunks(
+          make_chunks(segments, next_segment(), p.taps(), takes_tiles(p) ? kTilesDepth : kDepth)),
       rows(segments.back().row + int64_t{segments.back().stored} * p.taps()),
       block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
@@ -75,10 +80,10 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
       panel(out),
       weight(static_cast<size_t>(rows) * out),
       bias(static_cast<size_t>(p.groups) * out),
-      in_bf16(p.dtype == Dtype::kBFloat16 && has_bf16_tiles()),
+      in_bf16(takes_tiles(p)),
       tiles(0) {
   for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
-  // Five vectors are one tile too; tiles of bfloat16 are packed from whole rows below.
+  // Five vectors are one tile too; tiles of bfloat16 are made of whole rows below.
   if (out > 5 * kColumnPad && !in_bf16) panel = kPanel;
   with_dtype<A>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -108,14 +113,14 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
     for (const Chunk& chunk : chunks) {
       for (int twin = 0; twin < twins; ++twin) {
         tiles_at.push_back(size);
-        size += int64_t{round_up(chunk.depth, kBf16Depth)} * out;
+        size += tile_elements(out, chunk.depth);
       }
     }
     tiles.resize(size);
     for (size_t i = 0; i < tiles_at.size(); ++i) {
       const Chunk& chunk = chunks[i / twins];
       const int64_t first = chunk.row + static_cast<int64_t>(i % twins) * next_row();
-      pack_bf16(weight.data() + first * out, out, chunk.depth, out, tiles.data() + tiles_at[i]);
+      tile_columns(weight.data() + first * out, out, chunk.depth, out, tiles.data() + tiles_at[i]);
     }
   }
 }
@@ -171,11 +176,11 @@ struct Scratch {
   Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
       : columns(static_cast<size_t>(f.twins) * f.block * f.row),
         sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
-        rounded(f.in_bf16 ? static_cast<size_t>(f.block) * round_up(f.row, kBf16Depth) : 0),
+        rounded(f.in_bf16 ? tile_elements(f.block, f.row) : 0),
         zeros(round_up(p.offset_group_channels(), kChannelPad)),
         plan(1) {}
   Buffer<A> columns, sums;
-  Buffer<uint16_t> rounded;  // columns in bfloat16
+  Buffer<uint16_t> rounded;  // columns in tiles
   Buffer<A> zeros;
   Buffer<Plan<A>> plan;
 };
@@ -257,7 +262,7 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
         if constexpr (std::is_same_v<A, float>) {
           if (f.in_bf16) {
             const uint16_t* tiles = f.tiles.data() + f.tiles_at[c * f.twins + twin];
-            round_to_bf16(columns_of(twin), f.row, b.count, chunk.depth, scratch.rounded.data());
+            tile_rows(columns_of(twin), f.row, b.count, chunk.depth, scratch.rounded.data());
             multiply_bf16(scratch.rounded.data(), tiles, b.count, chunk.depth, f.out, sums, f.out);
             continue;
           }

@@ -19,6 +19,8 @@ constexpr int kChannelPad = 4;
 
 // Products per element of a matrix product: enough to pay for reading and writing the sums.
 constexpr int kDepth = 64;
+// In tile registers, which take 32 at a time: more, so that little of it is padding.
+constexpr int kTilesDepth = 192;
 
 // The channels that an offset group of a part and a group of the convolution share. They take
 // `stored` columns per tap: the padding of the offset group too, where the segment is all of it.
@@ -60,24 +62,25 @@ struct Chunk {
   int64_t row;
 };
 
-// Cuts the first count segments into chunks: several whole ones where they are small, else some
-// taps of one.
-inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int count, int taps) {
+// Cuts the first count segments into chunks of about some depth: several whole ones where they are
+// small, else some taps of one.
+inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int count, int taps,
+                                      int depth) {
   std::vector<Chunk> chunks;
   for (int s = 0; s < count;) {
     const int stored = segments[s].stored, group = segments[s].group;
-    if (stored * taps < 2 * kDepth) {
+    if (stored * taps < 2 * depth) {
       Chunk chunk{group, s, 0, 0, taps, 0, segments[s].row};
       do {
         chunk.depth += segments[s].stored * taps;
         ++chunk.segments;
         ++s;
       } while (s < count && segments[s].group == group &&
-               chunk.depth + segments[s].stored * taps <= 3 * kDepth / 2);
+               chunk.depth + segments[s].stored * taps <= 3 * depth / 2);
       chunks.push_back(chunk);
       continue;
     }
-    const int parts = std::max(1, stored * taps / kDepth), step = (taps + parts - 1) / parts;
+    const int parts = std::max(1, stored * taps / depth), step = (taps + parts - 1) / parts;
     for (int k = 0; k < taps; k += step) {
       const int some = std::min(step, taps - k);
       chunks.push_back({group, s, 1, k, some, some * stored, segments[s].row + k * stored});

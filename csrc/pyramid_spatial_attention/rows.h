@@ -103,14 +103,14 @@ class Product {
   void pack() {
     if constexpr (sizeof(A) == 4) {
       if (!in_bf16_) return;
-      tiles_.resize(static_cast<size_t>(round_up(depth_, kBf16Depth)) * columns_);
-      pack_bf16(weight_.data(), columns_, depth_, columns_, tiles_.data());
+      tiles_.resize(tile_elements(columns_, depth_), false);
+      tile_columns(weight_.data(), columns_, depth_, columns_, tiles_.data());
     }
   }
 
   // Elements of scratch that add() wants for count rows.
   size_t scratch(int count) const {
-    return in_bf16_ ? static_cast<size_t>(padded_rows(count)) * round_up(depth_, kBf16Depth) : 0;
+    return in_bf16_ ? tile_elements(padded_rows(count), depth_) : 0;
   }
 
   // sums += rows * matrix. Rows and sums have room for padded_rows(count).
@@ -118,7 +118,7 @@ class Product {
            uint16_t* scratch) const {
     if constexpr (sizeof(A) == 4) {
       if (in_bf16_) {
-        round_to_bf16(rows, stride, count, depth_, scratch);
+        tile_rows(rows, stride, count, depth_, scratch);
         multiply_bf16(scratch, tiles_.data(), count, depth_, columns_, sums, sums_stride);
         return;
       }
