@@ -29,7 +29,6 @@ IDLE = {
         "units > kMostUnits || tile == blockIdx.x",
     ): "saves reading the same weights again",
     ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
-    ("weight_gradient.cuh", "!p.wanted()"): "saves sums that nobody stores",
     ("weight_gradient.cuh", "p.wanted()"): "more workspace than is used",
     ("weight_gradient.cuh", "p.outputs == 0"): "nothing is launched for no outputs",
 }
