@@ -286,3 +286,21 @@ def test_ldmatrix_results_are_wired_in_order(ptx: dict[str, str]) -> None:
             assert f".x{len(results)}" in instruction and f"ILi{len(results)}" in name
             found += 1
     assert found == 4
+
+
+@needs_nvcc
+def test_copies_are_grouped_and_read_nothing_where_not_valid(ptx: dict[str, str]) -> None:
+    text = one(ptx, "copy_async")
+    if "cp.async" not in text:  # sm_75: plain loads, the second behind a branch
+        assert re.search(r"@%p\d+ bra.*ld\.global\.v4", text, re.DOTALL)
+        return
+    always, sometimes = re.findall(r"cp\.async\.cg.*, 16, (%r\d+);", text)
+    assert re.search(rf"mov\.\w+\s+{always}, 16;", text)
+    assert re.search(rf"selp\.\w+\s+{sometimes}, (?:0, 16|16, 0), %p", text)
+    groups = re.findall(r"cp\.async\.(\w+_group *\d*);", text)
+    assert groups == ["commit_group", "commit_group", "wait_group 1", "wait_group 0"]
+
+
+@needs_nvcc
+def test_the_floor_is_rounded_down(ptx: dict[str, str]) -> None:
+    assert "add.rm.f32" in one(ptx, "split_floors")
