@@ -101,7 +101,7 @@ MAFNET_HOST_DEVICE AxisTaps<A, kTapsPerAxis<I>> sample_axis(A x, int size, Paddi
   if (padding == Padding::kReflection) {
     x = reflect(x, size, sign);
   } else if (padding == Padding::kBorder && I != Interpolation::kBicubic) {
-    sign = x >= 0 && x <= static_cast<A>(size - 1) ? A(1) : x != x ? x : A(0);
+    sign = x >= 0 && x <= static_cast<A>(size - 1) ? A(1) : A(0);
     x = clamp_keeping_nan(x, A(0), static_cast<A>(size - 1));
   } else {
     x = clamp_keeping_nan(x, A(-kFarMargin), static_cast<A>(size - 1 + kFarMargin));

@@ -1,7 +1,9 @@
 """Finds what a kernel could lose without the compiler noticing: barriers, waits and conditions.
 
 Every one that a file has is found here by itself, none is listed by hand. A barrier is left out; a condition, or one
-conjunct of it, is taken for granted; a check after which code returns or goes on to the next item is dropped.
+conjunct of it, is taken for granted; a check after which code returns or goes on to the next item is dropped. A whole
+block that ends so may refuse something, or be one of two ways: its condition is tried both ways. What is there for nvcc
+alone is not tried: it does not run here.
 
 with_switches() writes the file so that each of them can be lost at run time: one build serves all mutants.
 """
@@ -24,6 +26,9 @@ BOUNDARY = re.compile(
     r";|\?|\s:\s|&&|\|\||\breturn\b|\s[-+*/%&|^]?=\s|\{|,\s"
 )  # around an operand, outside of brackets
 SKIP = re.compile(r"\s*(?:return\b[^;]*|continue|break);")
+SKIP_AT_END = re.compile(r"\b(?:return\b[^;]*|continue|break);\s*$")
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+DIRECTIVE = re.compile(r"\s*#\s*(if|else|elif|endif)")
 # What the compiler decides: there is nothing to lose at run time.
 CONSTANT = re.compile(r"\bif constexpr \(|\bconstexpr\b[^;{]*[;{]|\bstatic_assert\(")
 CONSTANT_OPERAND = re.compile(r"!?k[A-Z]\w*|I [!=]= Interpolation::\w+")
@@ -51,6 +56,21 @@ class Mutant:
         if self.value:
             return f"({lost} || {seen}(", "), true))"
         return f"(!{lost} && {seen}(", "), false))"
+
+
+def without_nvcc(text: str) -> str:
+    """The same length, with what is there for nvcc alone blank."""
+    lines, inside = [], []  # inside: of the enclosing #if, whether this branch is nvcc's
+    for line in text.splitlines(keepends=True):
+        m = DIRECTIVE.match(line)
+        if m and m[1] == "if":
+            inside.append("defined(__CUDACC__)" in line and "!" not in line)
+        elif m and m[1] == "endif":
+            inside.pop()
+        elif m:
+            inside[-1] = False
+        lines.append(re.sub(r"[^\n]", " ", line) if any(inside) else line)
+    return "".join(lines)
 
 
 def without_comments(text: str) -> str:
@@ -109,6 +129,12 @@ def disjuncts(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     yield stripped(text, first, end)
 
 
+def returns_at_end(text: str, start: int) -> bool:
+    """Whether a block begins at start after which code does not go on."""
+    m = re.compile(r"\s*(?=\{)").match(text, start)
+    return m is not None and bool(SKIP_AT_END.search(text[m.end() + 1 : closing(text, m.end())]))
+
+
 def constant_spans(text: str) -> list[tuple[int, int]]:
     return [
         (m.start(), closing(text, m.end() - 1) if m[0].endswith("(") else m.end())
@@ -118,7 +144,7 @@ def constant_spans(text: str) -> list[tuple[int, int]]:
 
 def find(csrc: Path, file: str) -> list[Mutant]:
     """All mutants of one file, in order."""
-    text = without_comments((csrc / file).read_text())
+    text = without_comments(without_nvcc((csrc / file).read_text()))
     found: dict[tuple[int, int], bool | None] = {}
     for m in CHOICE.finditer(text):
         found[stripped(text, operand_before(text, m.start()), m.start())] = True
@@ -130,6 +156,8 @@ def find(csrc: Path, file: str) -> list[Mutant]:
             found |= dict.fromkeys(disjuncts(text, m.end() + 1, end), False)
         else:
             found[m.end() + 1, end] = True
+        if returns_at_end(text, end + 1):
+            found[m.end(), end + 1] = False  # with its brackets, to lie around the other
     for m in AND.finditer(text):
         found[stripped(text, operand_before(text, m.start()), m.start())] = True
         found[stripped(text, m.end(), operand_after(text, m.end()))] = True
@@ -166,7 +194,13 @@ def with_switches(text: str, numbered: Sequence[tuple[int, Mutant]]) -> str:
     return "".join(['#include "switches.h"\n', *result, text[last:]])
 
 
-def kernel_files(csrc: Path, folder: str) -> list[str]:
-    """The kernel files of a folder of csrc, relative to csrc."""
-    paths = sorted((csrc / folder).glob("*.cu*"))
-    return [str(path.relative_to(csrc)) for path in paths]
+def kernel_files(csrc: Path) -> list[str]:
+    """All that kernels are compiled from: the .cu files and the headers that they include; relative to csrc."""
+    found: set[str] = set()
+    left = [str(path.relative_to(csrc)) for path in csrc.glob("*/*.cu")]
+    while left:
+        file = left.pop()
+        if file not in found and (csrc / file).exists():  # else a header of the emulator
+            found.add(file)
+            left += INCLUDE.findall((csrc / file).read_text())
+    return sorted(found)

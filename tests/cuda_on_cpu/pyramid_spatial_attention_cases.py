@@ -150,7 +150,7 @@ class Part:
         else:
             numbers = self.numbers()
             if self.op != "pool_concat":
-                arrays["workspace"] = torch.full((self.workspace(),), 0x7F, dtype=torch.uint8)
+                numbers["most_workspace"] = self.most_workspace()
             if self.op in CONVOLUTIONS:
                 arrays["output"] = self.place("output", output)
             forward_only = "bias" if self.op in CONVOLUTIONS else ""
@@ -170,8 +170,8 @@ class Part:
         report.raise_if_any()
         return grads
 
-    def workspace(self) -> int:
-        """No fewer bytes than a backward asks for: sums of each 512 pixels, and a map."""
+    def most_workspace(self) -> int:
+        """Bytes that a backward may ask for: sums of each 512 pixels, and a map."""
         weight = self.parameters[0]
         assert weight is not None
         pixels = math.prod(self.size) * self.images[0].shape[0]

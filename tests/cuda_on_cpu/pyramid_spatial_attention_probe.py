@@ -20,6 +20,14 @@ IDLE = {
         "convolution_backward.cu",
         "(form == ConvForm::kPool || !is_same_size(p))",
     ): "more workspace than is used",
+    (
+        "convolution_backward.cu",
+        "(is_same_size(p))",
+    ): "a resize to the same size gives the same, slower",
+    (
+        "convolution.cuh",
+        "(suits_tensor_cores(p, features, epilogue))",
+    ): "the other kernel gives as good a result, slower",
     ("image.cuh", "channels_last"): "which thread does what",
     ("image.cuh", "kAccess == Access::kEither"): "saves code",
     ("image.cuh", "kAccess != Access::kVectors"): "saves code",
@@ -29,7 +37,6 @@ IDLE = {
         "units > kMostUnits || tile == blockIdx.x",
     ): "saves reading the same weights again",
     ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
-    ("weight_gradient.cuh", "!p.wanted()"): "saves sums that nobody stores",
     ("weight_gradient.cuh", "p.wanted()"): "more workspace than is used",
     ("weight_gradient.cuh", "p.outputs == 0"): "nothing is launched for no outputs",
 }

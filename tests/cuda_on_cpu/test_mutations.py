@@ -1,8 +1,9 @@
 """No barrier and no condition of a kernel is idle: without it, a test of the op must fail.
 
-What can be lost is found in the sources (mutants.py), so a new barrier or bound check is tried as well. The kernels of
-an op are built once, checked, with a switch at each such place. The op brings <op>_probe.py: probe(), a list of short
-checks, and IDLE, the few conditions that change no result: (file, condition) -> why.
+What can be lost is found in the sources (mutants.py), in every file that a kernel is compiled from, so a new barrier or
+bound check is tried as well. The kernels of an op are built once, checked, with a switch at each such place. The op
+brings <op>_probe.py: probe(), a list of short checks, and IDLE, the few conditions that change no result: (file,
+condition) -> why. csrc/common is tried as an op is, in small kernels that do nothing but call it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol, cast
 import numpy as np
 import pytest
 from cuda_on_cpu.build import CSRC, Library, build
+from cuda_on_cpu.common_probe import library as common_library
 from cuda_on_cpu.emulator import Check, Kernels, needs_emulator, op_library
 from cuda_on_cpu.mutants import Mutant, find, kernel_files, with_switches
 from cuda_on_cpu.trial import which_are_noticed
@@ -37,11 +39,12 @@ LEFT_OUT = {
     "common/dtype.h": ("kFloat64", "kBFloat16"),
     "common/sampler.h": ("kNearest", "kBicubic"),
 }
-OPS = sorted({path.parent.name for path in CSRC.glob("*/*.cu")})
+FILES = kernel_files(CSRC)
+FOLDERS = sorted({file.split("/")[0] for file in FILES})
 
 
 class ProbeModule(Protocol):
-    """<op>_probe.py."""
+    """<op>_probe.py, or common_probe.py."""
 
     IDLE: Mapping[tuple[str, str], str]
 
@@ -49,8 +52,9 @@ class ProbeModule(Protocol):
     def probe() -> Sequence[Check]: ...
 
 
-def mutants_of(op: str) -> list[Mutant]:
-    return [mutant for file in kernel_files(CSRC, op) for mutant in find(CSRC, file)]
+def mutants_of(folder: str) -> list[Mutant]:
+    files = [file for file in FILES if file.startswith(f"{folder}/")]
+    return [mutant for file in files for mutant in find(CSRC, file)]
 
 
 def key(mutant: Mutant) -> tuple[str, str]:
@@ -65,10 +69,10 @@ def write_switches(folder: Path, mutants: Sequence[Mutant]) -> None:
         path.write_text(with_switches(path.read_text(), numbered))
 
 
-def switched_copy(target: Path, op: str, mutants: Sequence[Mutant]) -> Path:
-    """csrc/common and csrc/<op>, without what LEFT_OUT says, and with a switch for every mutant."""
-    for folder in ("common", op):
-        shutil.copytree(CSRC / folder, target / folder)
+def switched_copy(target: Path, folder: str, mutants: Sequence[Mutant]) -> Path:
+    """csrc/common and the folder, without what LEFT_OUT says, and with a switch for every mutant."""
+    for name in {"common", folder}:
+        shutil.copytree(CSRC / name, target / name)
     write_switches(target, mutants)
     for file, names in LEFT_OUT.items():
         text = (target / file).read_text()
@@ -79,14 +83,16 @@ def switched_copy(target: Path, op: str, mutants: Sequence[Mutant]) -> Path:
     return target
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_each_barrier_and_condition_is_needed(op: str, tmp_path: Path) -> None:
-    tried = cast(ProbeModule, importlib.import_module(f"cuda_on_cpu.{op}_probe"))
-    mutants = mutants_of(op)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_barrier_and_condition_is_needed(folder: str, tmp_path: Path) -> None:
+    tried = cast(ProbeModule, importlib.import_module(f"cuda_on_cpu.{folder}_probe"))
+    mutants = mutants_of(folder)
     assert mutants
     gone = set(tried.IDLE) - {key(mutant) for mutant in mutants}
     assert not gone, f"listed as idle, but no longer there: {gone}"
-    library = build([op_library(op, True, switched_copy(tmp_path, op, mutants))])[0]
+    csrc = switched_copy(tmp_path, folder, mutants)
+    kernels = common_library(csrc) if folder == "common" else op_library(folder, True, csrc)
+    library = build([kernels])[0]
     idle = {number for number, mutant in enumerate(mutants) if key(mutant) in tried.IDLE}
     noticed = which_are_noticed(tried.probe, library, len(mutants), idle)
     wrong = []
@@ -170,6 +176,9 @@ def test_finding_mutants(tmp_path: Path) -> None:
         "if (p != nullptr) *p = 1;\n"
         "if (!active[q] || (i & 3) != 0) continue;\n"
         "x *= kRaw ? 1 : 2;\n"
+        "if (n == 1) {\n  x = 0;\n  return;\n}\n"
+        "#if defined(__CUDACC__)\nif (x) return;\n#if A >= 800\nx = y ? 1 : 2;\n#endif\n#else\n"
+        "x = z ? 1 : 2;\n#endif\n"
     )
     found = [(m.line, m.removed, m.value) for m in find(tmp_path, "k.cu")]
     assert found == [
@@ -186,4 +195,26 @@ def test_finding_mutants(tmp_path: Path) -> None:
         (11, "p != nullptr", True),
         (12, "!active[q]", False),
         (12, "(i & 3) != 0", False),
+        (14, "(n == 1)", False),
+        (14, "n == 1", True),
+        (24, "z", True),
     ]
+    text = (tmp_path / "k.cu").read_text()
+    switched = with_switches(text, list(enumerate(find(tmp_path, "k.cu"))))
+    both = "(!::cuemu::mutant_is(13) && ::cuemu::sees(13, (((::cuemu::mutant_is(14) || "
+    assert both + "::cuemu::sees(14, (n == 1), true)))), false))" in switched
+
+
+def test_every_file_of_a_kernel_is_tried(tmp_path: Path) -> None:
+    """What it includes, and what that includes; no more of the folders."""
+    for file, text in (
+        ("op/k.cu", '#include "op/k.cuh"\n'),
+        ("op/k.cuh", '#include <cmath>\n\n#include "common/a.h"\n#include "cuda_on_cpu.h"\n'),
+        ("op/binding.cpp", '#include "common/b.h"\n'),
+        ("common/a.h", '#include "common/a.h"\n'),
+        ("common/b.h", ""),
+    ):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert kernel_files(tmp_path) == ["common/a.h", "op/k.cu", "op/k.cuh"]
+    assert {"common/prims.cuh", "common/sampler.h"} <= set(FILES)

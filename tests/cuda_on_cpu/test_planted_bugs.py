@@ -65,8 +65,16 @@ PLANTED = (
     Planted("misuse", "block_reads_what_another_writes", "race"),
     Planted("misuse", "plain_read_beside_atomics", "race"),
     Planted("misuse", "too_many_threads", "launch", "launch"),
+    Planted("misuse", "too_little_scratch", "out of bounds", "out of bounds"),
+    Planted("misuse", "scratch_read_before_written", "uninitialised", "values"),
 )
-CORRECT = (("reduce", "row_sum"), ("reduce", "transpose"), ("gemm", "gemm"), ("misuse", "correct"))
+CORRECT = (
+    ("reduce", "row_sum"),
+    ("reduce", "transpose"),
+    ("gemm", "gemm"),
+    ("misuse", "correct"),
+    ("misuse", "through_scratch"),
+)
 BUILDS = (False, True)
 
 builds = pytest.mark.parametrize("checked", BUILDS, ids=["fast", "checked"])

@@ -1,4 +1,4 @@
-"""The CPU twins of the tensor-core primitives and of cp.async, and the wiring of their inline PTX.
+"""The CPU twins of the tensor-core primitives, of cp.async and of split_floor, and the wiring of the inline PTX.
 
 The oracle of the layouts is golden/fragment_layouts.txt, numbers from NVIDIA's own CuTe library; that of the
 wiring is what nvcc makes of the kernels in kernels/twins.cu.
@@ -120,17 +120,32 @@ def test_rounding_to_tf32(twins: Kernels) -> None:
     one = 0x3F800000
     bits = [one, one + 0xFFF, one + 0x1000, one + 0x1001, one + 0x2000, one + 0x3000, 0x3FFFFFFF]
     near = [one, one, one + 0x2000, one + 0x2000, one + 0x2000, one + 0x4000, 0x40000000]
-    same = [0, 1 << 13, 0x7F800000, 0x7FC00000]
-    pattern = np.array((bits + same) * 2 + 10 * [0], np.uint32)
-    expected = np.array((near + same) * 2 + 10 * [0], np.uint32)
+    # 0x7FFFFFFF: the NaN that a GPU makes, to which nothing can be added without a carry into the sign
+    same = [0, 1 << 13, 0x7F800000, 0x7FC00000, 0x7FFFFFFF]
+    pattern = np.array((bits + same) * 2 + 8 * [0], np.uint32)
+    expected = np.array((near + same) * 2 + 8 * [0], np.uint32)
     for both in (pattern, expected):
-        both[11:22] |= 0x80000000
+        both[12:24] |= 0x80000000
     rounded = np.zeros(32, np.float32)
     twins.run("to_tf32", values=pattern.view(np.float32), rounded=rounded).raise_if_any()
     wanted = expected.view(np.float32)
     assert np.array_equal(rounded, wanted, equal_nan=True)
     numbers = ~np.isnan(wanted)  # signs of zeros too
     assert np.array_equal(rounded.view(np.uint32)[numbers], expected[numbers])
+
+
+def test_splitting_off_the_floor(twins: Kernels) -> None:
+    """Exact up to 2^22; what lies beyond, and NaN, gives no index of an image."""
+    limit = 2.0**22
+    near = [0, -0.0, 0.25, 0.75, 1, 7.5, -0.25, -1, -1.5, 1e6 + 0.5, -1e6 - 0.5, limit - 1, -limit]
+    far = [1e7, 1e9, 2.0**31, 1e10, 3e38, np.inf]
+    values = np.array([*near, *far, *(-v for v in far), np.nan, *6 * [0]], np.float32)
+    wholes, parts = np.zeros(32, np.int32), np.zeros(32, np.float32)
+    twins.run("split_floor", values=values, wholes=wholes, parts=parts).raise_if_any()
+    exact = np.abs(values) <= limit
+    assert np.array_equal(wholes[exact], np.floor(values[exact]))
+    assert np.array_equal(parts[exact], values[exact] - np.floor(values[exact]))
+    assert ((wholes[~exact] < 0) | (wholes[~exact] >= limit)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("ldmatrix")])
@@ -271,3 +286,21 @@ def test_ldmatrix_results_are_wired_in_order(ptx: dict[str, str]) -> None:
             assert f".x{len(results)}" in instruction and f"ILi{len(results)}" in name
             found += 1
     assert found == 4
+
+
+@needs_nvcc
+def test_copies_are_grouped_and_read_nothing_where_not_valid(ptx: dict[str, str]) -> None:
+    text = one(ptx, "copy_async")
+    if "cp.async" not in text:  # sm_75: plain loads, the second behind a branch
+        assert re.search(r"@%p\d+ bra.*ld\.global\.v4", text, re.DOTALL)
+        return
+    always, sometimes = re.findall(r"cp\.async\.cg.*, 16, (%r\d+);", text)
+    assert re.search(rf"mov\.\w+\s+{always}, 16;", text)
+    assert re.search(rf"selp\.\w+\s+{sometimes}, (?:0, 16|16, 0), %p", text)
+    groups = re.findall(r"cp\.async\.(\w+_group *\d*);", text)
+    assert groups == ["commit_group", "commit_group", "wait_group 1", "wait_group 0"]
+
+
+@needs_nvcc
+def test_the_floor_is_rounded_down(ptx: dict[str, str]) -> None:
+    assert "add.rm.f32" in one(ptx, "split_floors")

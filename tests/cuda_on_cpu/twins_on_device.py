@@ -25,8 +25,13 @@ ORDER = {
     "load": ("rows", "loaded"),
     "copy": ("source", "target", "valid"),
     "round": ("values", "rounded"),
+    "split": ("values", "wholes", "parts"),
 }
-KIND = {"cp_async": "copy", "to_tf32": "round"}  # of the entries that are neither mma nor ldmatrix
+KIND = {
+    "cp_async": "copy",
+    "to_tf32": "round",
+    "split_floor": "split",
+}  # of the entries that are neither mma nor ldmatrix
 
 
 class Clean:
@@ -90,6 +95,7 @@ def main() -> int:
     for name in twins.LAYOUTS:
         if name.startswith("ldmatrix"):
             twins.test_ldmatrix(kernels, name)  # type: ignore[arg-type]
+    twins.test_splitting_off_the_floor(kernels)  # type: ignore[arg-type]
     for valid in (False, True):
         twins.test_cp_async_copies_and_fills_with_zeros(kernels, valid)  # type: ignore[arg-type]
     print(f"{torch.cuda.get_device_name()}: the primitives agree with their twins")

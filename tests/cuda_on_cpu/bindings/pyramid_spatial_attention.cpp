@@ -67,6 +67,13 @@ PyramidConvParams conv_forward_params(Arguments& arguments) {
   return p;
 }
 
+// Of just the bytes that the op asks for, if they are not too many.
+bool take_workspace(Arguments& arguments, int64_t bytes, void*& workspace) {
+  if (bytes > arguments.integer("most_workspace")) return false;
+  workspace = arguments.scratch("workspace", bytes);
+  return true;
+}
+
 template <typename Launch>
 int conv_backward(Arguments& arguments, ConvForm form, Launch launch) {
   PyramidConvParams p = conv_params(arguments);
@@ -77,9 +84,7 @@ int conv_backward(Arguments& arguments, ConvForm form, Launch launch) {
   p.grad_input = optional_target(arguments, "grad_input");
   p.grad_weight = optional_out(arguments, "grad_weight");
   p.grad_bias = optional_out(arguments, "grad_bias");
-  const Array workspace = arguments.in_out("workspace");
-  if (workspace.shape[0] < mafnet::pyramid_conv_workspace(p, form)) return -1;
-  p.workspace = workspace.data;
+  if (!take_workspace(arguments, mafnet::pyramid_conv_workspace(p, form), p.workspace)) return -1;
   return launch(p, nullptr);
 }
 
@@ -183,8 +188,6 @@ CUEMU_ENTRY(spatial_gate_backward) {
   p.grad_mask = optional_target(arguments, "grad_mask");
   p.grad_weight = optional_out(arguments, "grad_weight");
   p.grad_bias = optional_out(arguments, "grad_bias");
-  const Array workspace = arguments.in_out("workspace");
-  if (workspace.shape[0] < mafnet::spatial_gate_workspace(p)) return -1;
-  p.workspace = workspace.data;
+  if (!take_workspace(arguments, mafnet::spatial_gate_workspace(p), p.workspace)) return -1;
   return mafnet::launch_spatial_gate_backward(p, nullptr);
 }

@@ -1,4 +1,4 @@
-// Small kernels that each do one thing wrong, and one that does all of it right
+// Small kernels that each do one thing wrong, and two that do all of it right
 // (test_planted_bugs.py).
 #include "binding.h"
 #include "common/prims.cuh"
@@ -131,6 +131,22 @@ int run(cuemu::Arguments& arguments) {
                 output, counter);
 }
 
+// Through scratch memory that a launcher asked for.
+__global__ void copy_twice(const float* input, float* output, float* scratch, int written) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (t < written) scratch[t] = input[t];
+  output[t] = scratch[t];
+}
+
+template <int kElements, int kWritten>
+int run_copy_twice(cuemu::Arguments& arguments) {
+  auto* input = static_cast<const float*>(arguments.in("input").data);
+  auto* output = static_cast<float*>(arguments.out("output").data);
+  arguments.in_out("counter");
+  auto* scratch = static_cast<float*>(arguments.scratch("scratch", kElements * sizeof(float)));
+  return launch(copy_twice, dim3(1), dim3(kThreads), 0, nullptr, input, output, scratch, kWritten);
+}
+
 #define ENTRY(kernel, ...) {#kernel, run<kernel, ##__VA_ARGS__>}
 
 const cuemu::Registration kEntries[] = {
@@ -157,6 +173,9 @@ const cuemu::Registration kEntries[] = {
     ENTRY(block_reads_what_another_writes, 2),
     ENTRY(plain_read_beside_atomics, 2),
     {"too_many_threads", run<correct, 1, 1088>},
+    {"through_scratch", run_copy_twice<kThreads, kThreads>},
+    {"too_little_scratch", run_copy_twice<kThreads - 1, kThreads>},
+    {"scratch_read_before_written", run_copy_twice<kThreads, kThreads - 1>},
 };
 
 }  // namespace

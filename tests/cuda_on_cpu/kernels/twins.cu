@@ -1,5 +1,6 @@
-// Each tensor-core primitive on raw registers: held to the layout tables on the CPU, and to its own
-// inline PTX by following registers through nvcc's output (test_twins.py).
+// Each tensor-core primitive on raw registers, and the others that have a twin of their own: held
+// to the layout tables and to what they say on the CPU, and to their inline PTX by following
+// registers through nvcc's output (test_twins.py).
 #include "common/prims.cuh"
 
 using mafnet::launch;
@@ -43,6 +44,10 @@ __global__ void mma_tf32_k8(const uint32_t* a, const uint32_t* b, float* d) {
 
 __global__ void round_to_tf32(const float* values, float* rounded) {
   rounded[threadIdx.x] = mafnet::to_tf32(values[threadIdx.x]);
+}
+
+__global__ void split_floors(const float* values, int* wholes, float* parts) {
+  wholes[threadIdx.x] = mafnet::split_floor(values[threadIdx.x], parts[threadIdx.x]);
 }
 
 // rows: 8 N rows of 8 elements; loaded: N registers of each lane.
@@ -109,6 +114,12 @@ CUEMU_ENTRY(to_tf32) {
   auto* rounded = static_cast<float*>(arguments.out("rounded").data);
   return launch(round_to_tf32, dim3(1), dim3(32), 0, nullptr, values, rounded);
 }
+CUEMU_ENTRY(split_floor) {
+  auto* values = static_cast<const float*>(arguments.in("values").data);
+  auto* wholes = static_cast<int*>(arguments.out("wholes").data);
+  auto* parts = static_cast<float*>(arguments.out("parts").data);
+  return launch(split_floors, dim3(1), dim3(32), 0, nullptr, values, wholes, parts);
+}
 CUEMU_ENTRY(ldmatrix_x4) { return run_load(load_matrix<4, false>, arguments); }
 CUEMU_ENTRY(ldmatrix_x4_trans) { return run_load(load_matrix<4, true>, arguments); }
 CUEMU_ENTRY(ldmatrix_x2) { return run_load(load_matrix<2, false>, arguments); }
@@ -136,6 +147,9 @@ RUN_MMA(f16_k8)
 RUN_MMA(tf32_k8)
 extern "C" int run_to_tf32(const float* values, float* rounded) {
   return launch(round_to_tf32, dim3(1), dim3(32), 0, nullptr, values, rounded);
+}
+extern "C" int run_split_floor(const float* values, int* wholes, float* parts) {
+  return launch(split_floors, dim3(1), dim3(32), 0, nullptr, values, wholes, parts);
 }
 RUN_LOAD(ldmatrix_x4, 4, false)
 RUN_LOAD(ldmatrix_x4_trans, 4, true)

@@ -31,13 +31,22 @@ Array Arguments::array(const std::string& name, Mode mode) {
                                   [&](const HostArray& a) { return a.name == name; });
   if (found == arrays_.end()) throw std::invalid_argument("no array '" + name + "' was given");
   used_.push_back(name);
-  buffers_.emplace_back(*found, mode);
-  check_add_buffer(buffers_.back());
-  Array result{buffers_.back().begin, found->type, found->shape, {}, name};
+  Array result{add_buffer(*found, mode).begin, found->type, found->shape, {}, name};
   for (const int64_t bytes : found->strides) {
     result.stride.push_back(bytes / static_cast<int64_t>(found->item_size));
   }
   return result;
+}
+
+void* Arguments::scratch(const std::string& name, int64_t bytes) {
+  scratch_.push_back({name, "u1", nullptr, 1, 0, {bytes}, {1}});
+  return add_buffer(scratch_.back(), Mode::kScratch).begin;
+}
+
+const Buffer& Arguments::add_buffer(const HostArray& array, Mode mode) {
+  buffers_.emplace_back(array, mode);
+  check_add_buffer(buffers_.back());
+  return buffers_.back();
 }
 
 double Arguments::number(const std::string& name) {

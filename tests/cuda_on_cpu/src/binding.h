@@ -39,6 +39,8 @@ class Arguments {
   Array in(const std::string& name) { return array(name, Mode::kIn); }
   Array out(const std::string& name) { return array(name, Mode::kOut); }
   Array in_out(const std::string& name) { return array(name, Mode::kInOut); }
+  // Memory that no caller sees, of as many bytes as the op asks for; poison until it is written.
+  void* scratch(const std::string& name, int64_t bytes);
   int64_t integer(const std::string& name);
   double number(const std::string& name);
 
@@ -47,10 +49,12 @@ class Arguments {
 
  private:
   Array array(const std::string& name, Mode mode);
+  const Buffer& add_buffer(const HostArray& array, Mode mode);
 
   std::vector<HostArray> arrays_;
   std::map<std::string, double> numbers_;
   std::vector<std::string> used_;
+  std::list<HostArray> scratch_;
   std::list<Buffer> buffers_;
 };
 

@@ -125,9 +125,9 @@ void check_initialised(const Region& region, const Cell& cell, const char* p, Si
     complain("cp.async", site, named.array,
              "read of " + named.place + " before the wait for the copy issued by " +
                  cell.write.threads.describe() + " at " + describe_site(cell.write.site));
-  } else if (region.buffer->mode == Mode::kOut && cell.write.epoch == 0) {
+  } else if (is_fresh(region.buffer->mode) && cell.write.epoch == 0) {
     const Named named = name_of(region, p);
-    complain("uninitialised", site, named.array, "read of the output " + named.place);
+    complain("uninitialised", site, named.array, "read of " + named.place);
   }
 }
 

@@ -42,13 +42,13 @@ Buffer::Buffer(const HostArray& array, Mode buffer_mode) : host(&array), mode(bu
   begin = pages + page + inner - room + phase;
   end = begin + size;
   std::memset(pages + page, kPoison, inner);
-  if (mode != Mode::kOut) std::memcpy(begin, array.data, size);
+  if (!is_fresh(mode)) std::memcpy(begin, array.data, size);
 }
 
 Buffer::~Buffer() { munmap(pages, page_bytes); }
 
 void Buffer::copy_back() const {
-  if (mode == Mode::kIn) return;
+  if (mode == Mode::kIn || mode == Mode::kScratch) return;
   for_each_element(*host, [&](int64_t offset) {
     std::memcpy(host->data + offset, begin + offset, host->item_size);
   });

@@ -8,9 +8,13 @@
 
 namespace cuemu {
 
-enum class Mode { kIn, kOut, kInOut };
+enum class Mode { kIn, kOut, kInOut, kScratch };
 
-// An array of the caller. Strides are in bytes and not negative.
+// Whether nothing is there before the kernel writes it.
+inline bool is_fresh(Mode mode) { return mode == Mode::kOut || mode == Mode::kScratch; }
+
+// An array of the caller; of scratch memory, which nobody has, the shape alone. Strides are in
+// bytes and not negative.
 struct HostArray {
   std::string name, type;  // type is numpy's without the byte order: "f4", "u2"
   char* data;
