@@ -27,6 +27,8 @@ _SCHEMAS = (
     ),
     "resize_add_forward(Tensor input, Tensor other) -> Tensor",
     "resize_add_backward(Tensor grad_output, SymInt height, SymInt width) -> Tensor",
+    "resize_add_conv_forward(Tensor input, Tensor other, Tensor weight, Tensor? bias, "
+    "float negative_slope) -> Tensor",
     f"spatial_gate_forward({_GATE}, float scale, float negative_slope, bool from_feature) -> Tensor",
     f"spatial_gate_backward(Tensor grad_output, {_GATE}, float scale, float negative_slope, "
     "bool from_feature, bool need_input, bool need_mask, bool need_weight, bool need_bias) "
@@ -43,6 +45,12 @@ _NATIVE_DEVICES = _library.register_op(
 
 def is_native(input: Tensor) -> bool:
     return input.device.type in _NATIVE_DEVICES
+
+
+def saves_launches(input: Tensor) -> bool:
+    """Whether two steps are one op where they can be: on CUDA, where a launch and a map in memory cost more than what
+    backward makes again. The CPU keeps the map."""
+    return input.is_cuda
 
 
 def _fake(name: str) -> Any:
@@ -127,6 +135,13 @@ def _(input: Tensor, other: Tensor) -> Tensor:
     return empty_like_input(other, tuple(other.shape))
 
 
+@_fake("resize_add_conv_forward")
+def _(
+    input: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    return empty_like_input(other, (other.shape[0], weight.shape[0], *other.shape[2:]))
+
+
 @_fake("resize_add_backward")
 def _(grad_output: Tensor, height: int, width: int) -> Tensor:
     return empty_like_input(grad_output, (*grad_output.shape[:2], height, width))
@@ -185,6 +200,11 @@ def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * 9 * weight_shape[0] * weight_shape[1] * pixels
 
 
+@register_flop_formula(torch.ops.mafnet_ops.resize_add_conv_forward)
+def _(input_shape: Any, other_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * weight_shape[0] * weight_shape[1] * other_shape[0] * other_shape[2] * other_shape[3]
+
+
 @register_flop_formula(torch.ops.mafnet_ops.spatial_gate_forward)
 def _(input_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * input_shape[0] * input_shape[1] ** 2 * input_shape[2] * input_shape[3]
@@ -223,6 +243,19 @@ def _resize_backward(
     return grad_input, grad.new_empty((0, *other.shape[1:]))
 
 
+def _resize_add_conv_backward(
+    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+) -> _Grads:
+    """The sum, which forward does not keep, is made again."""
+    input, other, weight, _ = tensors
+    total = torch.ops.mafnet_ops.resize_add_forward(input, other)
+    grad_total, *rest = torch.ops.mafnet_ops.pointwise_conv_backward(
+        grad, total, weight, output, *options, needs[0] or needs[1], *needs[2:]
+    )
+    grad_input = _resize_backward(grad_total, tensors[:2], total, (), needs)[0]
+    return grad_input, grad_total, *rest
+
+
 def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.spatial_gate_backward(grad, *tensors, *options, *needs)
 
@@ -241,6 +274,14 @@ def _pointwise_reference(
     return reference.pointwise_conv(input, weight, bias, negative_slope)
 
 
+def _resize_add_conv_reference(
+    input: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    return reference.pointwise_conv(
+        reference.resize_add(input, other), weight, bias, negative_slope
+    )
+
+
 _CONVOLUTIONS: dict[str, Any] = {
     "pointwise_conv": _pointwise_reference,
     "pool_concat_conv": reference.pool_concat_conv,
@@ -249,6 +290,7 @@ _CONVOLUTIONS: dict[str, Any] = {
 _PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...], tuple[int, ...]], ...] = (
     ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,), ()),
     ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1), (1,)),
+    ("resize_add_conv", _resize_add_conv_backward, _resize_add_conv_reference, 4, (0, 1), ()),
     ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1), ()),
     *((op, _convolution_backward(op), define, 3, (0,), ()) for op, define in _CONVOLUTIONS.items()),
 )

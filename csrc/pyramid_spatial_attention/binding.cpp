@@ -239,6 +239,27 @@ Tensor resize_add_backward(const Tensor& grad_output, int64_t height, int64_t wi
   return grad_input;
 }
 
+// The convolution of resize_add: one launch, or two on the CPU.
+Tensor resize_add_conv_forward(const Tensor& input, const Tensor& other, const Tensor& weight,
+                               const std::optional<Tensor>& bias, double slope) {
+  constexpr const char* kOp = "resize_add_conv";
+  if constexpr (kIsCuda) {
+    check_dims(kOp, "other", other, 4);
+    check_like(kOp, "other", other, input);
+    check_size(kOp, other.size(2), other.size(3));
+    ConvCall call = make_call(kOp, ConvForm::kResizeAdd, input, &weight, bias, other.size(2),
+                              other.size(3), slope);
+    PyramidConvParams& p = call.params;
+    check_shape(kOp, "other", other, {p.batch, p.channels, p.out_height, p.out_width});
+    p.other = source_of(kOp, "other", other);
+    return conv_forward(kOp, call, input, has_channels_last(other),
+                        &launch_resize_add_conv_forward);
+  } else {
+    return pointwise_conv_forward(resize_add_forward(input, other), weight, bias, slope,
+                                  has_channels_last(other));
+  }
+}
+
 }  // namespace
 
 MAFNET_LIBRARY_IMPL(module) {
@@ -252,6 +273,7 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("resize_conv_backward", TORCH_BOX(&resize_conv_backward));
   module.impl("resize_add_forward", TORCH_BOX(&resize_add_forward));
   module.impl("resize_add_backward", TORCH_BOX(&resize_add_backward));
+  module.impl("resize_add_conv_forward", TORCH_BOX(&resize_add_conv_forward));
 }
 
 }  // namespace mafnet::pyramid_spatial_attention_binding

@@ -1,5 +1,5 @@
-// pointwise_conv, pool_concat_conv and resize_conv forward: one launch each. Per output pixel the
-// input is read once from DRAM, and nothing is written but the output.
+// pointwise_conv, pool_concat_conv, resize_conv and resize_add_conv forward: one launch each. Per
+// output pixel what it is made of is read once from DRAM, and nothing is written but the output.
 #include "pyramid_spatial_attention/convolution.cuh"
 
 namespace mafnet {
@@ -30,13 +30,16 @@ int launch_form(const PyramidConvParams& p, ConvForm form, void* stream) {
   if (form == ConvForm::kPool) {
     return launch_product(product, Pooled<T>{image, p.height, p.width}, epilogue, stream);
   }
+  const Resized<T> resized{image, p.height, p.width, p.out_height, p.out_width, product.taps};
+  if (form == ConvForm::kResizeAdd) {
+    const auto other = view_of<const T, kOwn>(p.other, p.channels);
+    return launch_product(product, ResizedSum<T>{resized, other}, epilogue, stream);
+  }
   if (p.height == p.out_height && p.width == p.out_width) {
     return launch_product(product, Pixels<T>{image, p.height, p.width, product.taps}, epilogue,
                           stream);
   }
-  return launch_product(
-      product, Resized<T>{image, p.height, p.width, p.out_height, p.out_width, product.taps},
-      epilogue, stream);
+  return launch_product(product, resized, epilogue, stream);
 }
 
 int launch_forward(const PyramidConvParams& p, ConvForm form, void* stream) {
@@ -57,6 +60,10 @@ int launch_pool_concat_conv_forward(const PyramidConvParams& p, void* stream) {
 
 int launch_resize_conv_forward(const PyramidConvParams& p, void* stream) {
   return launch_forward(p, ConvForm::kResize, stream);
+}
+
+int launch_resize_add_conv_forward(const PyramidConvParams& p, void* stream) {
+  return launch_forward(p, ConvForm::kResizeAdd, stream);
 }
 
 }  // namespace mafnet

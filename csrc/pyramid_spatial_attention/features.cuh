@@ -162,4 +162,24 @@ struct Resized {
   }
 };
 
+// The pixels of a resized image and of another of that size, added.
+template <typename T>
+struct ResizedSum {
+  static constexpr int kParts = 1;
+  Resized<T> resized;
+  View<const T> other;
+
+  bool vectors() const { return resized.vectors() && other.vectors; }
+  bool channels_last() const { return other.stride[1] == 1; }
+
+  template <Access kAccess = Access::kEither, int N, typename A>
+  DEVICE void load(const Place& place, int tap, int c, A (&values)[1][N]) const {
+    A added[N];
+    resized.template load<kAccess>(place, tap, c, values);
+    read_group<kAccess>(other, place, c, added);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[0][i] += added[i];
+  }
+};
+
 }  // namespace mafnet

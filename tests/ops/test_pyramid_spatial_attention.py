@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mafnet_ops import (
     PyramidSpatialAttention,
@@ -44,6 +45,7 @@ from mafnet_ops import (
 )
 from mafnet_ops.pyramid_spatial_attention import LAYERS
 
+parts = importlib.import_module("mafnet_ops.pyramid_spatial_attention_parts")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
 EVERY_SIZE = [(h, w) for h in range(1, 10) for w in range(1, 10)]
@@ -479,6 +481,84 @@ def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, in
     terms = 4 * 27 * to[0] * to[1]
     for a, e in zip(gradients(ours, tensors), gradients(theirs, tensors)):
         assert_rounding_only(a, e, terms)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run on CUDA, by the kernels of the CPU."""
+    monkeypatch.setattr(parts, "saves_launches", lambda input: True)
+
+
+class Launches(TorchDispatchMode):
+    """The raw ops of a forward, each of which is one launch on CUDA (the emulator's tests count)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "mafnet_ops":
+            self.ops.append(op.name().removeprefix("mafnet_ops::"))
+        return op(*args, **(kwargs or {}))
+
+
+@native
+def test_launches_of_a_forward(on_cuda: None) -> None:
+    """The table of docs/ops/pyramid_spatial_attention.md."""
+    weights, biases = parameters(4)
+    with Launches() as launches:
+        pyramid_spatial_attention(uniform(1, 4, 9, 10), weights, biases)
+    assert launches.ops == [
+        "pointwise_conv_forward",
+        "pool_concat_conv_forward",
+        "pointwise_conv_forward",
+        "pool_concat_forward",
+        "resize_conv_forward",
+        "resize_conv_forward",
+        "resize_add_conv_forward",
+        "resize_conv_forward",
+        "spatial_gate_forward",
+    ]
+
+
+@native
+@pytest.mark.parametrize("size", [(1, 1), (5, 6)])
+def test_steps_in_one_launch(on_cuda: None, size: tuple[int, int]) -> None:
+    """The same block, gradients and second derivatives included, where steps are one op."""
+    function, tensors = part_calls(1, 2, size)["pyramid_spatial_attention"]
+    module = chain(2, tensors[1:9], tensors[9:])
+    assert_rounding_only(function(*tensors), module(tensors[0]), TERMS, 8)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@native
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_convolution_of_a_sum(on_cuda: None, dtype: torch.dtype) -> None:
+    """resize_add_conv: values, and gradients one at a time, as those of its two steps."""
+    tensors = [uniform(2, 3, 4, 5), uniform(2, 3, 7, 9), uniform(4, 3, 1, 1), uniform(4)]
+    tensors = [t.to(dtype) for t in tensors]
+
+    def steps(input: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return parts.pointwise_conv(parts.resize_add(input, other), weight, bias, 0.3)
+
+    def one(*tensors: Tensor) -> Tensor:
+        return parts.resize_add_conv(*tensors, 0.3)
+
+    assert_same(one(*tensors), steps(*tensors))
+    every = gradients(steps, tensors)
+    for a, e in zip(gradients(one, tensors), every):
+        assert_same(a, e)
+    for i, expected in enumerate(every):
+        leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
+        out = one(*leaves)
+        out.backward(uniform(*out.shape).to(dtype))
+        assert_same(leaves[i].grad, expected)
+    if dtype == DOUBLE:
+        leaves = [t.requires_grad_() for t in tensors]
+        assert gradcheck(one, leaves, fast_mode=True, check_forward_ad=True)
+        assert gradgradcheck(one, leaves, fast_mode=True)
 
 
 @native
