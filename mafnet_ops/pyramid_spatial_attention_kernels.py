@@ -190,7 +190,8 @@ def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.mafnet_ops.pool_concat_conv_forward)
 def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     pixels = ((input_shape[2] + 1) // 2) * ((input_shape[3] + 1) // 2)
-    return 2 * weight_shape[0] * weight_shape[1] * input_shape[0] * pixels
+    taps = weight_shape[2] * weight_shape[3]
+    return 2 * taps * weight_shape[0] * weight_shape[1] * input_shape[0] * pixels
 
 
 @register_flop_formula(torch.ops.mafnet_ops.resize_conv_forward)
@@ -216,7 +217,7 @@ _Grads = tuple[Tensor, ...]
 
 
 def _convolution_backward(name: str) -> Any:
-    """The slope is the first option of pointwise_conv and pool_concat_conv, the last of resize_conv."""
+    """The slope is the first option of pointwise_conv, the last of resize_conv."""
     raw = getattr(torch.ops.mafnet_ops, f"{name}_backward")
     at = 2 if name == "resize_conv" else 0
 
@@ -225,6 +226,23 @@ def _convolution_backward(name: str) -> Any:
         return raw(grad, input, weight, output, options[at], *needs)
 
     return backward
+
+
+def _pool_concat_conv_backward(
+    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+) -> _Grads:
+    """Of a 3 x 3 kernel in two steps: the pooled map, which forward does not keep, is made again."""
+    input, weight, _ = tensors
+    if weight.shape[-1] == 1:
+        raw = torch.ops.mafnet_ops.pool_concat_conv_backward
+        return raw(grad, input, weight, output, *options, *needs)
+    pooled = torch.ops.mafnet_ops.pool_concat_forward(input)
+    grad_pooled, *rest = torch.ops.mafnet_ops.resize_conv_backward(
+        grad, pooled, weight, output, *options, *needs
+    )
+    if not needs[0]:
+        return input.new_empty((0, *input.shape[1:])), *rest
+    return torch.ops.mafnet_ops.pool_concat_backward(grad_pooled, input), *rest
 
 
 def _pool_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
@@ -282,17 +300,14 @@ def _resize_add_conv_reference(
     )
 
 
-_CONVOLUTIONS: dict[str, Any] = {
-    "pointwise_conv": _pointwise_reference,
-    "pool_concat_conv": reference.pool_concat_conv,
-    "resize_conv": reference.resize_conv,
-}
 _PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...], tuple[int, ...]], ...] = (
     ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,), ()),
     ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1), (1,)),
     ("resize_add_conv", _resize_add_conv_backward, _resize_add_conv_reference, 4, (0, 1), ()),
     ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1), ()),
-    *((op, _convolution_backward(op), define, 3, (0,), ()) for op, define in _CONVOLUTIONS.items()),
+    ("pointwise_conv", _convolution_backward("pointwise_conv"), _pointwise_reference, 3, (0,), ()),
+    ("pool_concat_conv", _pool_concat_conv_backward, reference.pool_concat_conv, 3, (0,), ()),
+    ("resize_conv", _convolution_backward("resize_conv"), reference.resize_conv, 3, (0,), ()),
 )
 for _op, _backward, _reference, _count, _images, _added in _PARTS:
     _forward = getattr(torch.ops.mafnet_ops, f"{_op}_forward")

@@ -86,7 +86,7 @@ def pool_concat_conv(
     require_slope(op, negative_slope)
     if not is_native(input):
         return reference.pool_concat_conv(input, weight, bias, negative_slope)
-    if kernel == 1:
+    if kernel == 1 or (kernel == 3 and saves_launches(input)):
         return _native.call(op, _low(input, weight, bias), (float(negative_slope),))
     pooled = pool_concat(input)
     if kernel == 3:

@@ -110,6 +110,33 @@ struct Pooled {
   }
 };
 
+// The same under the taps of a 3 x 3 kernel, zeros outside of the pooled map.
+template <typename T>
+struct PooledMap {
+  static constexpr int kParts = 2;
+  Pooled<T> pooled;
+  int height, width;  // of the pooled map
+
+  bool vectors() const { return pooled.vectors(); }
+  bool channels_last() const { return pooled.channels_last(); }
+
+  template <Access kAccess = Access::kEither, int N, typename A>
+  DEVICE void load(const Place& place, int tap, int c, A (&values)[2][N]) const {
+    const Place at = neighbour(place, tap, 9);
+    pooled.template load<kAccess>(at, 0, c, values);  // of what lies in the image
+    if (!is_inside(at, height, width)) {
+      clear(values[0]);
+      clear(values[1]);
+    }
+  }
+};
+
+// Features that cost too much to be made again at each of the nine taps.
+template <typename Features>
+constexpr bool kMadeOnce = false;
+template <typename T>
+constexpr bool kMadeOnce<PooledMap<T>> = true;
+
 // Along one axis of a bilinear resize, half-pixel centres: an output is made of `low` and the next.
 template <typename A>
 struct Blend {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mafnet_ops import reference
 
-FORWARD_ONLY = ("resize_add_conv",)  # backward is that of their steps
+FORWARD_ONLY = ("resize_add_conv", "pool_concat_conv_3x3")  # backward is that of their steps
 CONVOLUTIONS = ("pointwise_conv", "pool_concat_conv", "resize_conv", *FORWARD_ONLY)
 PARTS = ("pool_concat", "resize_add", "spatial_gate", *CONVOLUTIONS)
 RESIZED = ("resize_add", "resize_conv", "resize_add_conv")  # to any size
@@ -71,7 +71,8 @@ class Part:
         out = 2 * channels if op == "pool_concat" else out or channels
         parameters: tuple[Tensor | None, ...] = ()
         if op not in ("pool_concat", "resize_add"):
-            inputs, kernel = channels * (2 if pooled else 1), 3 if op == "resize_conv" else 1
+            inputs = channels * (2 if pooled else 1)
+            kernel = 3 if op in ("resize_conv", "pool_concat_conv_3x3") else 1
             weight = uniform(out, inputs, kernel, kernel, seed=2)
             weight = weight * (2 / max(1, inputs * kernel * kernel)) ** 0.5
             parameters = (weight.to(dtype), uniform(out, seed=3).to(dtype))
@@ -97,7 +98,7 @@ class Part:
             return reference.pointwise_conv(*tensors, self.slope)
         options = (*self.size,) if self.op == "resize_conv" else ()
         slope = (self.slope,) if self.op in CONVOLUTIONS else ()
-        define: Callable[..., Tensor] = getattr(reference, self.op)
+        define: Callable[..., Tensor] = getattr(reference, self.op.removesuffix("_3x3"))
         return define(*tensors, *options, *slope)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:

@@ -135,6 +135,18 @@ def probe_sizes() -> list[Check]:
         Part.random("resize_conv", (1, 12, 3, 4), 8, (5, 6), HALF, "channels_last").check,
         Part.random("resize_add", (1, 4, 3, 4), None, (7, 6), layout="channels_last").check,
         partial(check_forward, part=large),
+        *probe_patches(),
+    ]
+
+
+def probe_patches() -> list[Check]:
+    """One more row or column than a patch has, two steps of channels, two tiles of outputs."""
+    op = "pool_concat_conv_3x3"
+    half = [((2, 8, 17, 3), 8), ((1, 8, 3, 33), 8), ((1, 40, 3, 3), 8), ((1, 8, 3, 3), 72)]
+    single = [((2, 4, 17, 3), 4), ((1, 4, 3, 17), 4), ((1, 20, 3, 3), 4), ((1, 4, 3, 3), 72)]
+    return [
+        *(Part.random(op, shape, out, None, HALF, "channels_last").check for shape, out in half),
+        *(Part.random(op, shape, out).check for shape, out in single),
     ]
 
 

@@ -512,8 +512,7 @@ def test_launches_of_a_forward(on_cuda: None) -> None:
         "pointwise_conv_forward",
         "pool_concat_conv_forward",
         "pointwise_conv_forward",
-        "pool_concat_forward",
-        "resize_conv_forward",
+        "pool_concat_conv_forward",
         "resize_conv_forward",
         "resize_add_conv_forward",
         "resize_conv_forward",
@@ -533,19 +532,36 @@ def test_steps_in_one_launch(on_cuda: None, size: tuple[int, int]) -> None:
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
+def sum_in_steps(input: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return parts.pointwise_conv(parts.resize_add(input, other), weight, bias, 0.3)
+
+
+def sum_in_one(input: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return parts.resize_add_conv(input, other, weight, bias, 0.3)
+
+
+def pool_in_steps(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    pooled = parts.pool_concat(input)
+    return parts.resize_conv(pooled, weight, bias, pooled.shape[2:], 0.3)
+
+
+def pool_in_one(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return parts.pool_concat_conv(input, weight, bias, 0.3)
+
+
+IN_ONE = {
+    "resize_add_conv": (sum_in_one, sum_in_steps, ((2, 3, 4, 5), (2, 3, 7, 9), (4, 3, 1, 1), (4,))),
+    "pool_concat_conv": (pool_in_one, pool_in_steps, ((2, 3, 7, 9), (4, 6, 3, 3), (4,))),
+}
+
+
 @native
+@pytest.mark.parametrize("name", IN_ONE)
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
-def test_convolution_of_a_sum(on_cuda: None, dtype: torch.dtype) -> None:
-    """resize_add_conv: values, and gradients one at a time, as those of its two steps."""
-    tensors = [uniform(2, 3, 4, 5), uniform(2, 3, 7, 9), uniform(4, 3, 1, 1), uniform(4)]
-    tensors = [t.to(dtype) for t in tensors]
-
-    def steps(input: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return parts.pointwise_conv(parts.resize_add(input, other), weight, bias, 0.3)
-
-    def one(*tensors: Tensor) -> Tensor:
-        return parts.resize_add_conv(*tensors, 0.3)
-
+def test_values_and_gradients_in_one_launch(on_cuda: None, name: str, dtype: torch.dtype) -> None:
+    """Those of the two steps, gradients one at a time too; further derivatives in fp64."""
+    one, steps, shapes = IN_ONE[name]
+    tensors = [uniform(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
     assert_same(one(*tensors), steps(*tensors))
     every = gradients(steps, tensors)
     for a, e in zip(gradients(one, tensors), every):
@@ -554,11 +570,29 @@ def test_convolution_of_a_sum(on_cuda: None, dtype: torch.dtype) -> None:
         leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
         out = one(*leaves)
         out.backward(uniform(*out.shape).to(dtype))
-        assert_same(leaves[i].grad, expected)
+        grad = leaves[i].grad
+        assert grad is not None
+        assert_same(grad, expected)
     if dtype == DOUBLE:
         leaves = [t.requires_grad_() for t in tensors]
         assert gradcheck(one, leaves, fast_mode=True, check_forward_ad=True)
         assert gradgradcheck(one, leaves, fast_mode=True)
+
+
+@native
+def test_a_3x3_kernel_passes_opcheck() -> None:
+    """The contract tries a 1 x 1."""
+    op = torch.ops.mafnet_ops.pool_concat_conv_forward.default
+    for image in (uniform(2, 3, 7, 9), uniform(2, 3, 9, 7).mT):
+        torch.library.opcheck(op, (image, uniform(4, 6, 3, 3), uniform(4), 0.3))
+
+
+@native
+def test_compile_fullgraph_in_one_launch(on_cuda: None) -> None:
+    function, tensors = PARTS["pyramid_spatial_attention"]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for a, e in zip(gradients(compiled, tensors), gradients(function, tensors)):
+        assert_rounding_only(a, e, TERMS, 8)
 
 
 @native

@@ -71,6 +71,22 @@ def test_tensor_cores(kernels: Kernels, op: str, dtype: torch.dtype) -> None:
     Part.random(op, (1, 8, 12, 26), 8, size, dtype, "channels_last").check(kernels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_patches(kernels: Kernels, dtype: torch.dtype) -> None:
+    """One of 8 x 16 pixels; one more row and column, of two images, with two steps and two tiles of outputs."""
+    for shape, out in (((1, 8, 16, 32), 8), ((2, 40, 17, 33), 72)):
+        part = Part.random("pool_concat_conv_3x3", shape, out, None, dtype, "channels_last")
+        part.check(kernels, ORDERS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_patches_without_tensor_cores(kernels: Kernels, layout: str) -> None:
+    """One of 8 x 8 pixels; one more row and column, of two images, with two steps and two tiles of outputs."""
+    for shape, out in (((1, 4, 16, 16), 8), ((2, 20, 17, 17), 72)):
+        part = Part.random("pool_concat_conv_3x3", shape, out, layout=layout)
+        part.check(kernels, ORDERS)
+
+
 def test_more_weights_than_fit(kernels: Kernels) -> None:
     """27 steps of a 3 x 3 kernel, and 20 of two parts, of which shared memory holds 18."""
     Part.random("resize_conv", (1, 72, 2, 3), 8, None, torch.float16, "channels_last").check(

@@ -116,6 +116,10 @@ CUEMU_ENTRY(pool_concat_conv_forward) {
   return mafnet::launch_pool_concat_conv_forward(conv_forward_params(arguments), nullptr);
 }
 
+CUEMU_ENTRY(pool_concat_conv_3x3_forward) {
+  return mafnet::launch_pool_concat_conv_3x3_forward(conv_forward_params(arguments), nullptr);
+}
+
 CUEMU_ENTRY(resize_conv_forward) {
   return mafnet::launch_resize_conv_forward(conv_forward_params(arguments), nullptr);
 }
