@@ -11,7 +11,7 @@ from .pyramid_spatial_attention_parts import (
     pointwise_conv,
     pool_concat_conv,
     require_slope,
-    resize_add,
+    resize_add_conv,
     resize_conv,
     spatial_gate,
 )
@@ -73,7 +73,7 @@ def pyramid_spatial_attention(
     level_2 = pointwise("level_2", feature_1)
     level_2 = pool_concat_conv(level_2, *layers["pool_2"], negative_slope)
     level_2 = resize_conv(level_2, *layers["conv_2"], level_2.shape[2:], negative_slope)
-    merged = pointwise("add", resize_add(level_2, feature_1))
+    merged = resize_add_conv(level_2, feature_1, *layers["add"], negative_slope)
     mask = resize_conv(merged, *layers["mask"], input.shape[2:])
     return spatial_gate(input, mask, *layers["feature"], scale, negative_slope, mask_from)
 

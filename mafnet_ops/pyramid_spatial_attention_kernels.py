@@ -27,6 +27,8 @@ _SCHEMAS = (
     ),
     "resize_add_forward(Tensor input, Tensor other) -> Tensor",
     "resize_add_backward(Tensor grad_output, SymInt height, SymInt width) -> Tensor",
+    "resize_add_conv_forward(Tensor input, Tensor other, Tensor weight, Tensor? bias, "
+    "float negative_slope) -> Tensor",
     f"spatial_gate_forward({_GATE}, float scale, float negative_slope, bool from_feature) -> Tensor",
     f"spatial_gate_backward(Tensor grad_output, {_GATE}, float scale, float negative_slope, "
     "bool from_feature, bool need_input, bool need_mask, bool need_weight, bool need_bias) "
@@ -43,6 +45,12 @@ _NATIVE_DEVICES = _library.register_op(
 
 def is_native(input: Tensor) -> bool:
     return input.device.type in _NATIVE_DEVICES
+
+
+def saves_launches(input: Tensor) -> bool:
+    """Whether two steps are one op where they can be: on CUDA, where a launch and a map in memory cost more than what
+    backward makes again. The CPU keeps the map."""
+    return input.is_cuda
 
 
 def _fake(name: str) -> Any:
@@ -127,6 +135,13 @@ def _(input: Tensor, other: Tensor) -> Tensor:
     return empty_like_input(other, tuple(other.shape))
 
 
+@_fake("resize_add_conv_forward")
+def _(
+    input: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    return empty_like_input(other, (other.shape[0], weight.shape[0], *other.shape[2:]))
+
+
 @_fake("resize_add_backward")
 def _(grad_output: Tensor, height: int, width: int) -> Tensor:
     return empty_like_input(grad_output, (*grad_output.shape[:2], height, width))
@@ -175,7 +190,8 @@ def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.mafnet_ops.pool_concat_conv_forward)
 def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     pixels = ((input_shape[2] + 1) // 2) * ((input_shape[3] + 1) // 2)
-    return 2 * weight_shape[0] * weight_shape[1] * input_shape[0] * pixels
+    taps = weight_shape[2] * weight_shape[3]
+    return 2 * taps * weight_shape[0] * weight_shape[1] * input_shape[0] * pixels
 
 
 @register_flop_formula(torch.ops.mafnet_ops.resize_conv_forward)
@@ -183,6 +199,11 @@ def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     """Of the products at the size of the input, see csrc/pyramid_spatial_attention/cpu_resize_conv.cpp."""
     pixels = input_shape[0] * input_shape[2] * input_shape[3]
     return 2 * 9 * weight_shape[0] * weight_shape[1] * pixels
+
+
+@register_flop_formula(torch.ops.mafnet_ops.resize_add_conv_forward)
+def _(input_shape: Any, other_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * weight_shape[0] * weight_shape[1] * other_shape[0] * other_shape[2] * other_shape[3]
 
 
 @register_flop_formula(torch.ops.mafnet_ops.spatial_gate_forward)
@@ -196,7 +217,7 @@ _Grads = tuple[Tensor, ...]
 
 
 def _convolution_backward(name: str) -> Any:
-    """The slope is the first option of pointwise_conv and pool_concat_conv, the last of resize_conv."""
+    """The slope is the first option of pointwise_conv, the last of resize_conv."""
     raw = getattr(torch.ops.mafnet_ops, f"{name}_backward")
     at = 2 if name == "resize_conv" else 0
 
@@ -205,6 +226,23 @@ def _convolution_backward(name: str) -> Any:
         return raw(grad, input, weight, output, options[at], *needs)
 
     return backward
+
+
+def _pool_concat_conv_backward(
+    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+) -> _Grads:
+    """Of a 3 x 3 kernel in two steps: the pooled map, which forward does not keep, is made again."""
+    input, weight, _ = tensors
+    if weight.shape[-1] == 1:
+        raw = torch.ops.mafnet_ops.pool_concat_conv_backward
+        return raw(grad, input, weight, output, *options, *needs)
+    pooled = torch.ops.mafnet_ops.pool_concat_forward(input)
+    grad_pooled, *rest = torch.ops.mafnet_ops.resize_conv_backward(
+        grad, pooled, weight, output, *options, *needs
+    )
+    if not needs[0]:
+        return input.new_empty((0, *input.shape[1:])), *rest
+    return torch.ops.mafnet_ops.pool_concat_backward(grad_pooled, input), *rest
 
 
 def _pool_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
@@ -221,6 +259,19 @@ def _resize_backward(
     else:
         grad_input = grad.new_empty((0, *input.shape[1:]))
     return grad_input, grad.new_empty((0, *other.shape[1:]))
+
+
+def _resize_add_conv_backward(
+    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+) -> _Grads:
+    """The sum, which forward does not keep, is made again."""
+    input, other, weight, _ = tensors
+    total = torch.ops.mafnet_ops.resize_add_forward(input, other)
+    grad_total, *rest = torch.ops.mafnet_ops.pointwise_conv_backward(
+        grad, total, weight, output, *options, needs[0] or needs[1], *needs[2:]
+    )
+    grad_input = _resize_backward(grad_total, tensors[:2], total, (), needs)[0]
+    return grad_input, grad_total, *rest
 
 
 def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
@@ -241,16 +292,22 @@ def _pointwise_reference(
     return reference.pointwise_conv(input, weight, bias, negative_slope)
 
 
-_CONVOLUTIONS: dict[str, Any] = {
-    "pointwise_conv": _pointwise_reference,
-    "pool_concat_conv": reference.pool_concat_conv,
-    "resize_conv": reference.resize_conv,
-}
+def _resize_add_conv_reference(
+    input: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    return reference.pointwise_conv(
+        reference.resize_add(input, other), weight, bias, negative_slope
+    )
+
+
 _PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...], tuple[int, ...]], ...] = (
     ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,), ()),
     ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1), (1,)),
+    ("resize_add_conv", _resize_add_conv_backward, _resize_add_conv_reference, 4, (0, 1), ()),
     ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1), ()),
-    *((op, _convolution_backward(op), define, 3, (0,), ()) for op, define in _CONVOLUTIONS.items()),
+    ("pointwise_conv", _convolution_backward("pointwise_conv"), _pointwise_reference, 3, (0,), ()),
+    ("pool_concat_conv", _pool_concat_conv_backward, reference.pool_concat_conv, 3, (0,), ()),
+    ("resize_conv", _convolution_backward("resize_conv"), reference.resize_conv, 3, (0,), ()),
 )
 for _op, _backward, _reference, _count, _images, _added in _PARTS:
     _forward = getattr(torch.ops.mafnet_ops, f"{_op}_forward")

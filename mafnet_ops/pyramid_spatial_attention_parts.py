@@ -19,7 +19,7 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
-from .pyramid_spatial_attention_kernels import is_native
+from .pyramid_spatial_attention_kernels import is_native, saves_launches
 
 
 def require_slope(op: str, negative_slope: float) -> None:
@@ -86,7 +86,7 @@ def pool_concat_conv(
     require_slope(op, negative_slope)
     if not is_native(input):
         return reference.pool_concat_conv(input, weight, bias, negative_slope)
-    if kernel == 1:
+    if kernel == 1 or (kernel == 3 and saves_launches(input)):
         return _native.call(op, _low(input, weight, bias), (float(negative_slope),))
     pooled = pool_concat(input)
     if kernel == 3:
@@ -142,6 +142,16 @@ def resize_add(input: Tensor, other: Tensor) -> Tensor:
         return reference.resize_add(input, other)
     dtype = torch.promote_types(input.dtype, other.dtype)
     return _native.call("resize_add", (input.to(dtype), other.to(dtype)))
+
+
+def resize_add_conv(
+    input: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> Tensor:
+    """LeakyReLU of a 1 x 1 convolution of :func:`resize_add`, on CUDA without the sum in memory."""
+    if not saves_launches(input):
+        return pointwise_conv(resize_add(input, other), weight, bias, negative_slope)
+    tensors = _low(input, other, weight, bias)
+    return _native.call("resize_add_conv", tensors, (float(negative_slope),))
 
 
 def spatial_gate(

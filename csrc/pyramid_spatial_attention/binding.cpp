@@ -18,6 +18,7 @@ struct ConvCall {
 ConvCall make_call(const char* op, ConvForm form, const Tensor& input, const Tensor* weight,
                    const std::optional<Tensor>& bias, int64_t out_height, int64_t out_width,
                    double slope) {
+  const bool pools = form == ConvForm::kPool || form == ConvForm::kPoolKernel;
   ConvCall call{form, {}, {}, {}};
   PyramidConvParams& p = call.params;
   p.input = source_of(op, "input", input);
@@ -28,17 +29,17 @@ ConvCall make_call(const char* op, ConvForm form, const Tensor& input, const Ten
   p.width = extent_of(op, "input", input, 3);
   MAFNET_CHECK(p.height > 0 && p.width > 0, op, "input", "H and W of at least 1",
                "shape " + shape_of(input));
-  p.out_height = form == ConvForm::kPool ? (p.height + 1) / 2 : static_cast<int>(out_height);
-  p.out_width = form == ConvForm::kPool ? (p.width + 1) / 2 : static_cast<int>(out_width);
+  p.out_height = pools ? (p.height + 1) / 2 : static_cast<int>(out_height);
+  p.out_width = pools ? (p.width + 1) / 2 : static_cast<int>(out_width);
   p.negative_slope = slope;
   check_slope(op, slope);
-  const int64_t inputs = form == ConvForm::kPool ? 2 * p.channels : p.channels;
+  const int64_t inputs = pools ? 2 * p.channels : p.channels;
   if (weight == nullptr) {  // pool_concat alone
     p.out_channels = static_cast<int>(inputs);
     return call;
   }
   check_like(op, "weight", *weight, input);
-  const int64_t kernel = form == ConvForm::kResize ? 3 : 1;
+  const int64_t kernel = form == ConvForm::kResize || form == ConvForm::kPoolKernel ? 3 : 1;
   check_shape(op, "weight", *weight, {weight->size(0), inputs, kernel, kernel});
   p.out_channels = extent_of(op, "weight", *weight, 0);
   call.weight = torch::stable::contiguous(*weight);
@@ -152,22 +153,6 @@ Tensor pool_concat_backward(const Tensor& grad_output, const Tensor& input) {
   return grad_input;
 }
 
-Tensor pool_concat_conv_forward(const Tensor& input, const Tensor& weight,
-                                const std::optional<Tensor>& bias, double slope) {
-  constexpr const char* kOp = "pool_concat_conv";
-  ConvCall call = make_call(kOp, ConvForm::kPool, input, &weight, bias, 0, 0, slope);
-  return conv_forward(kOp, call, input, has_channels_last(input), &launch_pool_concat_conv_forward);
-}
-
-Three pool_concat_conv_backward(const Tensor& grad_output, const Tensor& input,
-                                const Tensor& weight, const Tensor& output, double slope,
-                                bool need_input, bool need_weight, bool need_bias) {
-  constexpr const char* kOp = "pool_concat_conv";
-  ConvCall call = make_call(kOp, ConvForm::kPool, input, &weight, std::nullopt, 0, 0, slope);
-  return conv_backward(kOp, call, grad_output, input, weight, output,
-                       {need_input, need_weight, need_bias}, &launch_pool_concat_conv_backward);
-}
-
 Tensor resize_conv_forward(const Tensor& input, const Tensor& weight,
                            const std::optional<Tensor>& bias, int64_t height, int64_t width,
                            double slope) {
@@ -187,6 +172,38 @@ Three resize_conv_backward(const Tensor& grad_output, const Tensor& input, const
                             output.size(3), slope);
   return conv_backward(kOp, call, grad_output, input, weight, output,
                        {need_input, need_weight, need_bias}, &launch_resize_conv_backward);
+}
+
+// One launch, or two on the CPU.
+Tensor pool_concat_conv_3x3_forward(const Tensor& input, const Tensor& weight,
+                                    const std::optional<Tensor>& bias, double slope) {
+  constexpr const char* kOp = "pool_concat_conv";
+  if constexpr (kIsCuda) {
+    ConvCall call = make_call(kOp, ConvForm::kPoolKernel, input, &weight, bias, 0, 0, slope);
+    return conv_forward(kOp, call, input, has_channels_last(input),
+                        &launch_pool_concat_conv_3x3_forward);
+  } else {
+    const Tensor pooled = pool_concat_forward(input);
+    return resize_conv_forward(pooled, weight, bias, pooled.size(2), pooled.size(3), slope);
+  }
+}
+
+Tensor pool_concat_conv_forward(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias, double slope) {
+  constexpr const char* kOp = "pool_concat_conv";
+  check_dims(kOp, "weight", weight, 4);
+  if (weight.size(2) == 3) return pool_concat_conv_3x3_forward(input, weight, bias, slope);
+  ConvCall call = make_call(kOp, ConvForm::kPool, input, &weight, bias, 0, 0, slope);
+  return conv_forward(kOp, call, input, has_channels_last(input), &launch_pool_concat_conv_forward);
+}
+
+Three pool_concat_conv_backward(const Tensor& grad_output, const Tensor& input,
+                                const Tensor& weight, const Tensor& output, double slope,
+                                bool need_input, bool need_weight, bool need_bias) {
+  constexpr const char* kOp = "pool_concat_conv";
+  ConvCall call = make_call(kOp, ConvForm::kPool, input, &weight, std::nullopt, 0, 0, slope);
+  return conv_backward(kOp, call, grad_output, input, weight, output,
+                       {need_input, need_weight, need_bias}, &launch_pool_concat_conv_backward);
 }
 
 // --------------------------------------------------------------------------------- resize_add
@@ -239,6 +256,27 @@ Tensor resize_add_backward(const Tensor& grad_output, int64_t height, int64_t wi
   return grad_input;
 }
 
+// The convolution of resize_add: one launch, or two on the CPU.
+Tensor resize_add_conv_forward(const Tensor& input, const Tensor& other, const Tensor& weight,
+                               const std::optional<Tensor>& bias, double slope) {
+  constexpr const char* kOp = "resize_add_conv";
+  if constexpr (kIsCuda) {
+    check_dims(kOp, "other", other, 4);
+    check_like(kOp, "other", other, input);
+    check_size(kOp, other.size(2), other.size(3));
+    ConvCall call = make_call(kOp, ConvForm::kResizeAdd, input, &weight, bias, other.size(2),
+                              other.size(3), slope);
+    PyramidConvParams& p = call.params;
+    check_shape(kOp, "other", other, {p.batch, p.channels, p.out_height, p.out_width});
+    p.other = source_of(kOp, "other", other);
+    return conv_forward(kOp, call, input, has_channels_last(other),
+                        &launch_resize_add_conv_forward);
+  } else {
+    return pointwise_conv_forward(resize_add_forward(input, other), weight, bias, slope,
+                                  has_channels_last(other));
+  }
+}
+
 }  // namespace
 
 MAFNET_LIBRARY_IMPL(module) {
@@ -252,6 +290,7 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("resize_conv_backward", TORCH_BOX(&resize_conv_backward));
   module.impl("resize_add_forward", TORCH_BOX(&resize_add_forward));
   module.impl("resize_add_backward", TORCH_BOX(&resize_add_backward));
+  module.impl("resize_add_conv_forward", TORCH_BOX(&resize_add_conv_forward));
 }
 
 }  // namespace mafnet::pyramid_spatial_attention_binding

@@ -1,5 +1,6 @@
-// pointwise_conv, pool_concat_conv and resize_conv forward: one launch each. Per output pixel the
-// input is read once from DRAM, and nothing is written but the output.
+// pointwise_conv, pool_concat_conv (1 x 1 and 3 x 3), resize_conv and resize_add_conv forward: one
+// launch each. Per output pixel what it is made of is read once from DRAM, and nothing is written
+// but the output.
 #include "pyramid_spatial_attention/convolution.cuh"
 
 namespace mafnet {
@@ -7,15 +8,17 @@ namespace {
 
 template <typename T>
 Product<T> product_of(const PyramidConvParams& p, ConvForm form) {
-  const int64_t slots = form == ConvForm::kResize ? 9 : form == ConvForm::kPool ? 2 : 1;
-  const bool is_kernel = form == ConvForm::kResize;  // the taps of a channel lie side by side
+  const int parts = form == ConvForm::kPool || form == ConvForm::kPoolKernel ? 2 : 1;
+  const int taps = form == ConvForm::kResize || form == ConvForm::kPoolKernel ? 9 : 1;
+  const int64_t part = int64_t{taps} * p.channels;  // the taps of a channel lie side by side
   return {static_cast<const T*>(p.weight),
-          slots * p.channels,
-          is_kernel ? 1 : p.channels,
-          is_kernel ? 9 : 1,
+          parts * part,
+          1,
+          part,
+          taps,
           p.out_channels,
           p.channels,
-          is_kernel ? 9 : 1,
+          taps,
           p.batch * p.out_height * p.out_width,
           p.out_height,
           p.out_width};
@@ -27,16 +30,22 @@ int launch_form(const PyramidConvParams& p, ConvForm form, void* stream) {
   const Activate<T, T> epilogue{view_of<T, kOwn>(p.output, p.out_channels),
                                 static_cast<const T*>(p.bias), p.negative_slope};
   const auto image = view_of<const T, kOwn>(p.input, p.channels);
-  if (form == ConvForm::kPool) {
-    return launch_product(product, Pooled<T>{image, p.height, p.width}, epilogue, stream);
+  const Pooled<T> pooled{image, p.height, p.width};
+  if (form == ConvForm::kPool) return launch_product(product, pooled, epilogue, stream);
+  if (form == ConvForm::kPoolKernel) {
+    const PooledMap<T> features{pooled, p.out_height, p.out_width};
+    return launch_product(product, features, epilogue, stream);
+  }
+  const Resized<T> resized{image, p.height, p.width, p.out_height, p.out_width, product.taps};
+  if (form == ConvForm::kResizeAdd) {
+    const auto other = view_of<const T, kOwn>(p.other, p.channels);
+    return launch_product(product, ResizedSum<T>{resized, other}, epilogue, stream);
   }
   if (p.height == p.out_height && p.width == p.out_width) {
     return launch_product(product, Pixels<T>{image, p.height, p.width, product.taps}, epilogue,
                           stream);
   }
-  return launch_product(
-      product, Resized<T>{image, p.height, p.width, p.out_height, p.out_width, product.taps},
-      epilogue, stream);
+  return launch_product(product, resized, epilogue, stream);
 }
 
 int launch_forward(const PyramidConvParams& p, ConvForm form, void* stream) {
@@ -55,8 +64,16 @@ int launch_pool_concat_conv_forward(const PyramidConvParams& p, void* stream) {
   return launch_forward(p, ConvForm::kPool, stream);
 }
 
+int launch_pool_concat_conv_3x3_forward(const PyramidConvParams& p, void* stream) {
+  return launch_forward(p, ConvForm::kPoolKernel, stream);
+}
+
 int launch_resize_conv_forward(const PyramidConvParams& p, void* stream) {
   return launch_forward(p, ConvForm::kResize, stream);
+}
+
+int launch_resize_add_conv_forward(const PyramidConvParams& p, void* stream) {
+  return launch_forward(p, ConvForm::kResizeAdd, stream);
 }
 
 }  // namespace mafnet

@@ -6,18 +6,14 @@
 // features are made and weights read into shared memory, a thread sums 4 x 4. Features are made
 // once per 64 outputs; neighbours' pixels come from L1.
 //
-// Where suits_tensor_cores, the kernel of tensor_core.cuh does it.
+// Features that are made once have the kernel of convolution_patch.cuh, and where
+// suits_tensor_cores those of tensor_core.cuh and tensor_core_patch.cuh do it.
 #pragma once
 
-#include "pyramid_spatial_attention/tensor_core.cuh"
+#include "pyramid_spatial_attention/convolution_patch.cuh"
+#include "pyramid_spatial_attention/tensor_core_patch.cuh"
 
 namespace mafnet {
-
-// 16 x 16 threads with 4 x 4 sums each; a thread fetches 4 channels of one pixel.
-constexpr int kDepth = 16;
-static_assert((kTile / kOwn) * (kTile / kOwn) == kThreads);
-static_assert(kTile * kDepth == kThreads * kOwn);
-constexpr int kPadding = 4;  // of rows whose writers stride over them
 
 template <typename T, typename Features, typename Epilogue>
 __global__ void __launch_bounds__(kThreads)
@@ -57,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
           samples[part * kDepth + kOwn * group + i][row] = values[part][i];
           const int own = weight_output + i * (kThreads / kDepth), o = first_output + own;
           const T* weight = p.weight + o * p.output_stride + c * p.channel_stride +
-                            (tap * kParts + part) * p.slot_stride;
+                            tap * p.tap_stride + part * p.part_stride;
           const bool known = c < p.channels && o < p.outputs;
           weights[part * kDepth + weight_channel][own] = known ? to_accumulator(*weight) : A(0);
         }
@@ -90,13 +86,21 @@ int launch_product(const Product<T>& p, const Features& features, const Epilogue
   if (p.pixels * p.outputs == 0) return 0;
   if constexpr (sizeof(T) == 2) {
     if (suits_tensor_cores(p, features, epilogue)) {
-      return launch_tensor_core(p, features, epilogue, stream);
+      if constexpr (kMadeOnce<Features>) {
+        return launch_tensor_core_patch(p, features, epilogue, stream);
+      } else {
+        return launch_tensor_core(p, features, epilogue, stream);
+      }
     }
   }
-  const dim3 grid(static_cast<unsigned>(divide_up(p.pixels, kTile)),
-                  static_cast<unsigned>(divide_up(p.outputs, kTile)));
-  return launch(pyramid_conv_kernel<T, Features, Epilogue>, grid, dim3(kThreads), 0, stream, p,
-                features, epilogue, features.channels_last(), epilogue.channels_last());
+  if constexpr (kMadeOnce<Features>) {
+    return launch_patch(p, features, epilogue, stream);
+  } else {
+    const dim3 grid(static_cast<unsigned>(divide_up(p.pixels, kTile)),
+                    static_cast<unsigned>(divide_up(p.outputs, kTile)));
+    return launch(pyramid_conv_kernel<T, Features, Epilogue>, grid, dim3(kThreads), 0, stream, p,
+                  features, epilogue, features.channels_last(), epilogue.channels_last());
+  }
 }
 
 }  // namespace mafnet

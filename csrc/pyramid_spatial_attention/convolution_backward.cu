@@ -54,6 +54,7 @@ Product<T> transposed(const PyramidConvParams& p, ConvForm form) {
   return {is_kernel ? weight + 8 : weight,
           is_kernel ? 9 : 1,
           -1,
+          0,
           int64_t{is_kernel ? 9 : 1} * inputs,
           inputs,
           p.out_channels,

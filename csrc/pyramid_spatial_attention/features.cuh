@@ -110,6 +110,33 @@ struct Pooled {
   }
 };
 
+// The same under the taps of a 3 x 3 kernel, zeros outside of the pooled map.
+template <typename T>
+struct PooledMap {
+  static constexpr int kParts = 2;
+  Pooled<T> pooled;
+  int height, width;  // of the pooled map
+
+  bool vectors() const { return pooled.vectors(); }
+  bool channels_last() const { return pooled.channels_last(); }
+
+  template <Access kAccess = Access::kEither, int N, typename A>
+  DEVICE void load(const Place& place, int tap, int c, A (&values)[2][N]) const {
+    const Place at = neighbour(place, tap, 9);
+    pooled.template load<kAccess>(at, 0, c, values);  // of what lies in the image
+    if (!is_inside(at, height, width)) {
+      clear(values[0]);
+      clear(values[1]);
+    }
+  }
+};
+
+// Features that cost too much to be made again at each of the nine taps.
+template <typename Features>
+constexpr bool kMadeOnce = false;
+template <typename T>
+constexpr bool kMadeOnce<PooledMap<T>> = true;
+
 // Along one axis of a bilinear resize, half-pixel centres: an output is made of `low` and the next.
 template <typename A>
 struct Blend {
@@ -159,6 +186,26 @@ struct Resized {
     const auto rows = blend_of(at.y, height, static_cast<A>(height) / static_cast<A>(out_height));
     const auto columns = blend_of(at.x, width, static_cast<A>(width) / static_cast<A>(out_width));
     resize_group<kAccess>(image, place.n, rows, columns, c, values[0]);
+  }
+};
+
+// The pixels of a resized image and of another of that size, added.
+template <typename T>
+struct ResizedSum {
+  static constexpr int kParts = 1;
+  Resized<T> resized;
+  View<const T> other;
+
+  bool vectors() const { return resized.vectors() && other.vectors; }
+  bool channels_last() const { return other.stride[1] == 1; }
+
+  template <Access kAccess = Access::kEither, int N, typename A>
+  DEVICE void load(const Place& place, int tap, int c, A (&values)[1][N]) const {
+    A added[N];
+    resized.template load<kAccess>(place, tap, c, values);
+    read_group<kAccess>(other, place, c, added);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[0][i] += added[i];
   }
 };
 

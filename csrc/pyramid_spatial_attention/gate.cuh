@@ -124,6 +124,7 @@ Product<T> gate_product(const SpatialGateParams& p, bool transposed) {
   return {static_cast<const T*>(p.weight),
           transposed ? 1 : row,
           0,
+          0,
           transposed ? row : 1,
           p.channels,
           p.channels,

@@ -18,8 +18,10 @@ using Source = ImageOf<const void*>;
 using Target = ImageOf<void*>;
 
 // f of the convolutions below: nothing (pointwise_conv), both poolings side by side
-// (pool_concat_conv) or a bilinear resize under a 3 x 3 kernel (resize_conv).
-enum class ConvForm { kPointwise, kPool, kResize };
+// (pool_concat_conv) or a bilinear resize under a 3 x 3 kernel (resize_conv). Two have a forward
+// only: both poolings under a 3 x 3 kernel, and a bilinear resize plus another image
+// (resize_add_conv).
+enum class ConvForm { kPointwise, kPool, kResize, kPoolKernel, kResizeAdd };
 
 // output = leaky_relu(W f(input) + bias). pool_concat is f alone.
 struct PyramidConvParams {
@@ -29,7 +31,8 @@ struct PyramidConvParams {
   int out_channels, out_height, out_width;
   double negative_slope;  // at least 0; 1 for no activation
   Source input;
-  const void* weight;  // contiguous: (out_channels, channels or twice as many), resize_conv 3 x 3
+  Source other;        // resize_add_conv: what is added, of the size of output
+  const void* weight;  // contiguous: (out_channels, channels or twice as many), 1 x 1 or 3 x 3
   const void* bias;    // may be null
   Target output;       // backward: what forward gave, which is only read
 
@@ -82,6 +85,9 @@ int launch_pool_concat_conv_forward(const PyramidConvParams& params, void* strea
 int launch_pool_concat_conv_backward(const PyramidConvParams& params, void* stream);
 int launch_resize_conv_forward(const PyramidConvParams& params, void* stream);
 int launch_resize_conv_backward(const PyramidConvParams& params, void* stream);
+// On CUDA only; the CPU takes the two steps.
+int launch_pool_concat_conv_3x3_forward(const PyramidConvParams& params, void* stream);
+int launch_resize_add_conv_forward(const PyramidConvParams& params, void* stream);
 int launch_resize_add_forward(const ResizeAddParams& params, void* stream);
 int launch_resize_add_backward(const ResizeAddParams& params, void* stream);
 int launch_spatial_gate_forward(const SpatialGateParams& params, void* stream);

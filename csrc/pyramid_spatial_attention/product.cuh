@@ -9,11 +9,17 @@ namespace mafnet {
 // Outputs of a block; channels of a thread's group. Views are made for groups of kOwn.
 constexpr int kTile = 64, kOwn = 4;
 
+// Without tensor cores: 16 x 16 threads with 4 x 4 sums each, channels of a step.
+constexpr int kDepth = 16;
+static_assert((kTile / kOwn) * (kTile / kOwn) == kThreads);
+static_assert(kTile * kDepth == kThreads * kOwn);
+constexpr int kPadding = 4;  // of rows whose writers stride over them
+
 // The right operand, and the size of the result.
 template <typename T>
 struct Product {
   const T* weight;
-  int64_t output_stride, slot_stride, channel_stride;
+  int64_t output_stride, tap_stride, part_stride, channel_stride;
   int outputs, channels, taps;
   int64_t pixels;  // of all images
   int height, width;

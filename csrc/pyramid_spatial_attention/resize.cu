@@ -12,19 +12,16 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    resize_add_forward_kernel(const Resized<T> features, const View<const T> other,
-                              const View<T> output, int64_t pixels, bool channels_last) {
+    resize_add_forward_kernel(const ResizedSum<T> features, const View<T> output, int64_t pixels,
+                              int height, int width, bool channels_last) {
   using A = Accumulator<T>;
   constexpr int N = kGroup<T>;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= pixels * ((output.channels + N - 1) / N)) return;
   const Item item = item_of<N>(index, pixels, output.channels, channels_last);
-  const Place place = place_of(item.pixel, features.out_height, features.out_width);
-  A values[1][N], added[N];
+  const Place place = place_of(item.pixel, height, width);
+  A values[1][N];
   features.load(place, 0, item.c, values);
-  read_group(other, place, item.c, added);
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[0][i] += added[i];
   write_group(output, place, item.c, values[0]);
 }
 
@@ -99,11 +96,12 @@ int launch_resize_add_forward(const ResizeAddParams& p, void* stream) {
     using T = typename decltype(type)::type;
     constexpr int N = kGroup<T>;
     const int64_t pixels = p.batch * p.out_height * p.out_width;
-    const Resized<T> features{
+    const Resized<T> resized{
         view_of<const T, N>(p.input, p.channels), p.height, p.width, p.out_height, p.out_width, 1};
+    const ResizedSum<T> features{resized, view_of<const T, N>(p.other, p.channels)};
     return launch_items(resize_add_forward_kernel<T>, item_count<N>(pixels, p.channels), stream,
-                        features, view_of<const T, N>(p.other, p.channels),
-                        view_of<T, N>(p.output, p.channels), pixels, p.output.stride[1] == 1);
+                        features, view_of<T, N>(p.output, p.channels), pixels, p.out_height,
+                        p.out_width, p.output.stride[1] == 1);
   });
 }
 

@@ -53,11 +53,13 @@ DEVICE int output_of(int tile, int column) {
 
 // This thread's share of the weights of one step: 8 channels of one output.
 template <typename T>
-DEVICE uint4 fetch_weights(const Product<T>& p, int first_output, int slot, int first_channel) {
+DEVICE uint4 fetch_weights(const Product<T>& p, int first_output, int tap, int part,
+                           int first_channel) {
   const int lane = threadIdx.x % 32;
   const int o = first_output + output_of(threadIdx.x / 32, lane / 4);
   const int c = first_channel + lane % 4 * kLaneChannels;
-  const T* from = p.weight + o * p.output_stride + slot * p.slot_stride + c * p.channel_stride;
+  const T* from = p.weight + o * p.output_stride + tap * p.tap_stride + part * p.part_stride +
+                  c * p.channel_stride;
   const bool known = o < p.outputs && c < p.channels;
   float weights[kLaneChannels];
 #pragma unroll
@@ -65,6 +67,44 @@ DEVICE uint4 fetch_weights(const Product<T>& p, int first_output, int slot, int 
     weights[i] = known ? to_accumulator(from[i * p.channel_stride]) : 0.0f;
   }
   return pack_lane(weights, T());
+}
+
+// sums += a step's features of pixels r and r + 8 by its weights, of which this lane's first is
+// given.
+template <typename T>
+DEVICE void multiply_step(float (&sums)[kColumnTiles][4], const uint4& low, const uint4& high,
+                          const uint4* weights, T) {
+#pragma unroll
+  for (int column_tile = 0; column_tile < kColumnTiles; ++column_tile) {
+    const uint4 w = weights[column_tile * 32];
+    mma_m16n8k16(sums[column_tile], {low.x, high.x, low.y, high.y}, {w.x, w.y}, T());
+    mma_m16n8k16(sums[column_tile], {low.z, high.z, low.w, high.w}, {w.z, w.w}, T());
+  }
+}
+
+// Of this lane: outputs 8 t ... of pixel r, then of r + 8, where wanted, then the same 32 outputs
+// later, which may be past the last; what stores checks that.
+template <typename Epilogue>
+DEVICE void store_sums(const float (&sums)[kColumnTiles][4], const Place (&place)[2],
+                       bool wants_low, bool wants_high, int first_output,
+                       const Epilogue& epilogue) {
+  float groups[4][kLaneChannels];
+#pragma unroll
+  for (int g = 0; g < 4; ++g) {
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) {
+      groups[g][i] = sums[g / 2 * 4 + i / 2][g % 2 * 2 + i % 2];
+    }
+  }
+#pragma unroll 1
+  for (int g = 0; g < 4; ++g) {
+    const int o = first_output + g / 2 * kStepChannels + threadIdx.x % 4 * kLaneChannels;
+    if (g % 2 == 0 ? wants_low : wants_high) {
+      const Place at = g % 2 == 0 ? place[0] : place[1];
+      epilogue.template store<Access::kVectors>(at, o, groups[0]);
+    }
+    shift(groups);
+  }
 }
 
 // Two blocks on an SM, or one where a lane holds two parts of nine pixels: more would spill.
@@ -92,9 +132,9 @@ __global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
         __syncthreads();  // all have left the weights that are overwritten
         for (int step = 0; step < some * kParts; ++step) {
           const int unit = first + step / kParts;
-          const int slot = unit / units_per_tap * kParts + step % kParts;
           weights[step * kStepVectors + threadIdx.x] =
-              fetch_weights(p, first_output, slot, unit % units_per_tap * kStepChannels);
+              fetch_weights(p, first_output, unit / units_per_tap, step % kParts,
+                            unit % units_per_tap * kStepChannels);
         }
         __syncthreads();
       }
@@ -112,35 +152,12 @@ __global__ void __launch_bounds__(kThreads, 3 - Features::kParts)
         }
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          const uint4 &low = a[0][part], &high = a[1][part];
-#pragma unroll
-          for (int column_tile = 0; column_tile < kColumnTiles; ++column_tile) {
-            const uint4 w = weights[(at * kParts + part) * kStepVectors + column_tile * 32 + lane];
-            mma_m16n8k16(sums[column_tile], {low.x, high.x, low.y, high.y}, {w.x, w.y}, T());
-            mma_m16n8k16(sums[column_tile], {low.z, high.z, low.w, high.w}, {w.z, w.w}, T());
-          }
+          multiply_step(sums, a[0][part], a[1][part],
+                        weights + (at * kParts + part) * kStepVectors + lane, T());
         }
       }
     }
-    // Of this lane: outputs 8 t ... of pixel r, then of r + 8, then the same 32 outputs later,
-    // which may be past the last; what stores checks that.
-    float groups[4][kLaneChannels];
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-#pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) {
-        groups[g][i] = sums[g / 2 * 4 + i / 2][g % 2 * 2 + i % 2];
-      }
-    }
-#pragma unroll 1
-    for (int g = 0; g < 4; ++g) {
-      const int o = first_output + g / 2 * kStepChannels + lane % 4 * kLaneChannels;
-      if (pixel + g % 2 * 8 < p.pixels) {
-        const Place at = g % 2 == 0 ? place[0] : place[1];
-        epilogue.template store<Access::kVectors>(at, o, groups[0]);
-      }
-      shift(groups);
-    }
+    store_sums(sums, place, pixel < p.pixels, pixel + 8 < p.pixels, first_output, epilogue);
   }
 }
 

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mafnet_ops import reference
 
-CONVOLUTIONS = ("pointwise_conv", "pool_concat_conv", "resize_conv")
+FORWARD_ONLY = ("resize_add_conv", "pool_concat_conv_3x3")  # backward is that of their steps
+CONVOLUTIONS = ("pointwise_conv", "pool_concat_conv", "resize_conv", *FORWARD_ONLY)
 PARTS = ("pool_concat", "resize_add", "spatial_gate", *CONVOLUTIONS)
+RESIZED = ("resize_add", "resize_conv", "resize_add_conv")  # to any size
+SECOND_IMAGE = {"resize_add": ("other",), "resize_add_conv": ("other",), "spatial_gate": ("mask",)}
 Size = tuple[int, int]
 
 
@@ -37,7 +40,7 @@ def result_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """Arguments of one of the parts: two images for resize_add and spatial_gate, else one."""
+    """Arguments of one of the parts: two images for what adds or gates, else one."""
 
     op: str
     images: tuple[Tensor, ...]
@@ -63,12 +66,13 @@ class Part:
         pooled = op.startswith("pool")
         size = ((height + 1) // 2, (width + 1) // 2) if pooled else size or (height, width)
         images = [uniform(*shape)]
-        if op in ("resize_add", "spatial_gate"):
+        if op in SECOND_IMAGE:
             images.append(uniform(n, channels, *size, seed=1))
         out = 2 * channels if op == "pool_concat" else out or channels
         parameters: tuple[Tensor | None, ...] = ()
         if op not in ("pool_concat", "resize_add"):
-            inputs, kernel = channels * (2 if pooled else 1), 3 if op == "resize_conv" else 1
+            inputs = channels * (2 if pooled else 1)
+            kernel = 3 if op in ("resize_conv", "pool_concat_conv_3x3") else 1
             weight = uniform(out, inputs, kernel, kernel, seed=2)
             weight = weight * (2 / max(1, inputs * kernel * kernel)) ** 0.5
             parameters = (weight.to(dtype), uniform(out, seed=3).to(dtype))
@@ -81,8 +85,7 @@ class Part:
         return (*self.images, *self.parameters)
 
     def names(self) -> tuple[str, ...]:
-        second = {"resize_add": "other", "spatial_gate": "mask"}
-        images = ("input", second[self.op]) if self.op in second else ("input",)
+        images = ("input", *SECOND_IMAGE.get(self.op, ()))
         return (*images, *("weight", "bias")[: len(self.parameters)])
 
     def define(self, *tensors: Any) -> Tensor:
@@ -90,9 +93,12 @@ class Part:
         if self.op == "spatial_gate":
             mask_from = "feature" if self.from_feature else "m"
             return reference.spatial_gate(*tensors, 2.0, self.slope, mask_from)
+        if self.op == "resize_add_conv":
+            tensors = (reference.resize_add(*tensors[:2]), *tensors[2:])
+            return reference.pointwise_conv(*tensors, self.slope)
         options = (*self.size,) if self.op == "resize_conv" else ()
         slope = (self.slope,) if self.op in CONVOLUTIONS else ()
-        define: Callable[..., Tensor] = getattr(reference, self.op)
+        define: Callable[..., Tensor] = getattr(reference, self.op.removesuffix("_3x3"))
         return define(*tensors, *options, *slope)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -126,13 +132,14 @@ class Part:
         return {name: t if t is None else self.place(name, t) for name, t in tensors}
 
     def forward(self, kernels: Kernels, order: str = "forward") -> Tensor:
-        like = self.images[1] if self.op == "resize_add" else self.images[0]
+        like = self.images[1] if "other" in self.names() else self.images[0]
         output = self.place("output", result_like(like, tuple(self.grad_output.shape)))
         arrays: dict[str, Any] = self.given()
         report = kernels.run(
             f"{self.op}_forward", order=order, output=output, **arrays, **self.numbers()
         )
         report.raise_if_any()
+        assert report.launches == (1 if output.numel() else 0)
         return output
 
     def backward(
@@ -142,7 +149,9 @@ class Part:
         order: str = "forward",
         wanted: tuple[str, ...] | None = None,
     ) -> dict[str, Tensor]:
-        """The wanted gradients by name, of all but resize_add's ``other``."""
+        """The wanted gradients by name, of all but resize_add's ``other``; none of FORWARD_ONLY."""
+        if self.op in FORWARD_ONLY:
+            return {}
         arrays: dict[str, Any] = {"grad_output": self.place("grad_output", self.grad_output)}
         given = self.given()
         if self.op == "resize_add":

@@ -8,7 +8,14 @@ from functools import partial
 import torch
 from cuda_on_cpu.emulator import Check, Kernels
 from cuda_on_cpu.flow_warp_cases import LAYOUTS, misaligned
-from cuda_on_cpu.pyramid_spatial_attention_cases import CONVOLUTIONS, PARTS, Part, wide_gate
+from cuda_on_cpu.pyramid_spatial_attention_cases import (
+    CONVOLUTIONS,
+    FORWARD_ONLY,
+    PARTS,
+    RESIZED,
+    Part,
+    wide_gate,
+)
 from tolerances import assert_same
 from torch import Tensor
 
@@ -64,8 +71,11 @@ def check_one_gradient(kernels: Kernels, part: Part, wanted: str) -> None:
 
 def check_failing_launches(kernels: Kernels, op: str) -> None:
     part = Part.random(op, (1, 4, 3, 4))
-    output = part.forward(kernels)
-    kernels.check_failing_launches(lambda: part.backward(kernels, output))
+    if op in FORWARD_ONLY:
+        kernels.check_failing_launches(lambda: part.forward(kernels))
+    else:
+        output = part.forward(kernels)
+        kernels.check_failing_launches(lambda: part.backward(kernels, output))
 
 
 def check_weightless_gradients(kernels: Kernels) -> None:
@@ -107,6 +117,8 @@ def probe_layouts() -> list[Check]:
     for name in ("input", "mask", "output", "grad_output", "grad_input", "grad_mask"):
         checks.append(replace(gate, misaligned=name).check)
     checks += [replace(dense, misaligned=name).check for name in ("output", "grad_input")]
+    summed = Part.random("resize_add_conv", (1, 8, 3, 4), None, (5, 6), HALF, "channels_last")
+    checks += [replace(summed, misaligned=name).check for name in ("input", "other", "output")]
     return [
         *checks,
         Part.random("pointwise_conv", (2, 12, 2, 3), 8, None, HALF, "padded_pixels").check,
@@ -130,6 +142,18 @@ def probe_sizes() -> list[Check]:
         Part.random("resize_conv", (1, 12, 3, 4), 8, (5, 6), HALF, "channels_last").check,
         Part.random("resize_add", (1, 4, 3, 4), None, (7, 6), layout="channels_last").check,
         partial(check_forward, part=large),
+        *probe_patches(),
+    ]
+
+
+def probe_patches() -> list[Check]:
+    """One more row or column than a patch has, two steps of channels, two tiles of outputs."""
+    op = "pool_concat_conv_3x3"
+    half = [((2, 8, 17, 3), 8), ((1, 8, 3, 33), 8), ((1, 40, 3, 3), 8), ((1, 8, 3, 3), 72)]
+    single = [((2, 4, 17, 3), 4), ((1, 4, 3, 17), 4), ((1, 20, 3, 3), 4), ((1, 4, 3, 3), 72)]
+    return [
+        *(Part.random(op, shape, out, None, HALF, "channels_last").check for shape, out in half),
+        *(Part.random(op, shape, out).check for shape, out in single),
     ]
 
 
@@ -137,8 +161,10 @@ def probe_choices() -> list[Check]:
     """Without bias, one gradient alone, the gate of the feature and of fp32 images."""
     checks: list[Check] = []
     for op in (*CONVOLUTIONS, "spatial_gate"):
-        part = Part.random(op, (1, 8, 3, 4), None, (5, 6) if op == "resize_conv" else None)
+        part = Part.random(op, (1, 8, 3, 4), None, (5, 6) if op in RESIZED else None)
         checks.append(replace(part, parameters=(part.parameters[0], None)).check)
+        if op in FORWARD_ONLY:
+            continue
         for name in ("input", "weight", "bias", *(("mask",) if op == "spatial_gate" else ())):
             checks.append(partial(check_one_gradient, part=part, wanted=name))
     gate = Part.random("spatial_gate", (1, 8, 3, 4), dtype=HALF)

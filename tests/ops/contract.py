@@ -277,6 +277,10 @@ CONTRACTS = (
             "pool_concat_backward": lambda tensors: (_pooled_ones(tensors[0], 8), tensors[0]),
             "resize_add_forward": lambda tensors: (tensors[0][:, :, :2, :3], tensors[0]),
             "resize_add_backward": lambda tensors: (tensors[0], 2, 3),
+            "resize_add_conv_forward": lambda tensors: (
+                *(tensors[0][:, :, :2, :3], tensors[0], tensors[6], tensors[14]),
+                0.1,
+            ),
             **_pyramid_convolution("pointwise_conv", 0, (True,)),
             **_pyramid_convolution("pool_concat_conv", 1),
             **_pyramid_convolution("resize_conv", 6),

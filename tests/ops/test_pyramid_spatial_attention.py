@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mafnet_ops import (
     PyramidSpatialAttention,
@@ -44,6 +45,7 @@ from mafnet_ops import (
 )
 from mafnet_ops.pyramid_spatial_attention import LAYERS
 
+parts = importlib.import_module("mafnet_ops.pyramid_spatial_attention_parts")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
 EVERY_SIZE = [(h, w) for h in range(1, 10) for w in range(1, 10)]
@@ -479,6 +481,118 @@ def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, in
     terms = 4 * 27 * to[0] * to[1]
     for a, e in zip(gradients(ours, tensors), gradients(theirs, tensors)):
         assert_rounding_only(a, e, terms)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run on CUDA, by the kernels of the CPU."""
+    monkeypatch.setattr(parts, "saves_launches", lambda input: True)
+
+
+class Launches(TorchDispatchMode):
+    """The raw ops of a forward, each of which is one launch on CUDA (the emulator's tests count)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "mafnet_ops":
+            self.ops.append(op.name().removeprefix("mafnet_ops::"))
+        return op(*args, **(kwargs or {}))
+
+
+@native
+def test_launches_of_a_forward(on_cuda: None) -> None:
+    """The table of docs/ops/pyramid_spatial_attention.md."""
+    weights, biases = parameters(4)
+    with Launches() as launches:
+        pyramid_spatial_attention(uniform(1, 4, 9, 10), weights, biases)
+    assert launches.ops == [
+        "pointwise_conv_forward",
+        "pool_concat_conv_forward",
+        "pointwise_conv_forward",
+        "pool_concat_conv_forward",
+        "resize_conv_forward",
+        "resize_add_conv_forward",
+        "resize_conv_forward",
+        "spatial_gate_forward",
+    ]
+
+
+@native
+@pytest.mark.parametrize("size", [(1, 1), (5, 6)])
+def test_steps_in_one_launch(on_cuda: None, size: tuple[int, int]) -> None:
+    """The same block, gradients and second derivatives included, where steps are one op."""
+    function, tensors = part_calls(1, 2, size)["pyramid_spatial_attention"]
+    module = chain(2, tensors[1:9], tensors[9:])
+    assert_rounding_only(function(*tensors), module(tensors[0]), TERMS, 8)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+def sum_in_steps(input: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return parts.pointwise_conv(parts.resize_add(input, other), weight, bias, 0.3)
+
+
+def sum_in_one(input: Tensor, other: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return parts.resize_add_conv(input, other, weight, bias, 0.3)
+
+
+def pool_in_steps(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    pooled = parts.pool_concat(input)
+    return parts.resize_conv(pooled, weight, bias, pooled.shape[2:], 0.3)
+
+
+def pool_in_one(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return parts.pool_concat_conv(input, weight, bias, 0.3)
+
+
+IN_ONE = {
+    "resize_add_conv": (sum_in_one, sum_in_steps, ((2, 3, 4, 5), (2, 3, 7, 9), (4, 3, 1, 1), (4,))),
+    "pool_concat_conv": (pool_in_one, pool_in_steps, ((2, 3, 7, 9), (4, 6, 3, 3), (4,))),
+}
+
+
+@native
+@pytest.mark.parametrize("name", IN_ONE)
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+def test_values_and_gradients_in_one_launch(on_cuda: None, name: str, dtype: torch.dtype) -> None:
+    """Those of the two steps, gradients one at a time too; further derivatives in fp64."""
+    one, steps, shapes = IN_ONE[name]
+    tensors = [uniform(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    assert_same(one(*tensors), steps(*tensors))
+    every = gradients(steps, tensors)
+    for a, e in zip(gradients(one, tensors), every):
+        assert_same(a, e)
+    for i, expected in enumerate(every):
+        leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
+        out = one(*leaves)
+        out.backward(uniform(*out.shape).to(dtype))
+        grad = leaves[i].grad
+        assert grad is not None
+        assert_same(grad, expected)
+    if dtype == DOUBLE:
+        leaves = [t.requires_grad_() for t in tensors]
+        assert gradcheck(one, leaves, fast_mode=True, check_forward_ad=True)
+        assert gradgradcheck(one, leaves, fast_mode=True)
+
+
+@native
+def test_a_3x3_kernel_passes_opcheck() -> None:
+    """The contract tries a 1 x 1."""
+    op = torch.ops.mafnet_ops.pool_concat_conv_forward.default
+    for image in (uniform(2, 3, 7, 9), uniform(2, 3, 9, 7).mT):
+        torch.library.opcheck(op, (image, uniform(4, 6, 3, 3), uniform(4), 0.3))
+
+
+@native
+def test_compile_fullgraph_in_one_launch(on_cuda: None) -> None:
+    function, tensors = PARTS["pyramid_spatial_attention"]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for a, e in zip(gradients(compiled, tensors), gradients(function, tensors)):
+        assert_rounding_only(a, e, TERMS, 8)
 
 
 @native

@@ -13,13 +13,19 @@ import pytest
 import torch
 from cuda_on_cpu.emulator import ORDERS, Kernels, emulate, needs_emulator
 from cuda_on_cpu.flow_warp_cases import LAYOUTS, laid_out, misaligned
-from cuda_on_cpu.pyramid_spatial_attention_cases import CONVOLUTIONS, PARTS, Part, wide_gate
+from cuda_on_cpu.pyramid_spatial_attention_cases import (
+    CONVOLUTIONS,
+    FORWARD_ONLY,
+    PARTS,
+    RESIZED,
+    Part,
+    wide_gate,
+)
 from tolerances import assert_same
 
 pytestmark = needs_emulator
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-RESIZED = ("resize_add", "resize_conv")
 parts = pytest.mark.parametrize("op", PARTS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -55,14 +61,30 @@ def test_channels_around_vectors_and_tiles(kernels: Kernels, op: str, channels: 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tensor_cores(kernels: Kernels, op: str, dtype: torch.dtype) -> None:
     """Steps of 32 channels that are not full, two tiles of outputs, tiles of 128 pixels, odd layouts beside."""
-    size = (3, 7) if op == "resize_conv" else None
+    size = (3, 7) if op in RESIZED else None
     for channels, out in ((8, 8), (40, 72), (16, 12)):
         part = Part.random(op, (1, channels, 5, 4), out, size, dtype, "channels_last")
         part.check(kernels)
         strided = laid_out(part.grad_output, "strided")
         replace(part, grad_output=strided).check(kernels)
-    size = (11, 25) if op == "resize_conv" else None
+    size = (11, 25) if op in RESIZED else None
     Part.random(op, (1, 8, 12, 26), 8, size, dtype, "channels_last").check(kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_patches(kernels: Kernels, dtype: torch.dtype) -> None:
+    """One of 8 x 16 pixels; one more row and column, of two images, with two steps and two tiles of outputs."""
+    for shape, out in (((1, 8, 16, 32), 8), ((2, 40, 17, 33), 72)):
+        part = Part.random("pool_concat_conv_3x3", shape, out, None, dtype, "channels_last")
+        part.check(kernels, ORDERS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_patches_without_tensor_cores(kernels: Kernels, layout: str) -> None:
+    """One of 8 x 8 pixels; one more row and column, of two images, with two steps and two tiles of outputs."""
+    for shape, out in (((1, 4, 16, 16), 8), ((2, 20, 17, 17), 72)):
+        part = Part.random("pool_concat_conv_3x3", shape, out, layout=layout)
+        part.check(kernels, ORDERS)
 
 
 def test_more_weights_than_fit(kernels: Kernels) -> None:
@@ -155,7 +177,7 @@ def test_without_bias_and_other_slopes(kernels: Kernels, op: str) -> None:
         replace(part, slope=slope).check(kernels)
 
 
-@pytest.mark.parametrize("op", [*CONVOLUTIONS, "spatial_gate"])
+@pytest.mark.parametrize("op", sorted({*CONVOLUTIONS, "spatial_gate"} - {*FORWARD_ONLY}))
 def test_one_gradient_alone(kernels: Kernels, op: str) -> None:
     size = (7, 9) if op == "resize_conv" else None
     part = Part.random(op, (1, 8, 4, 5), None, size)
@@ -173,7 +195,7 @@ def test_one_gradient_alone(kernels: Kernels, op: str) -> None:
 def test_empty_batch(kernels: Kernels, op: str) -> None:
     part = Part.random(op, (0, 4, 3, 5))
     assert part.forward(kernels).numel() == 0
-    if op in CONVOLUTIONS:
+    if op in CONVOLUTIONS and op not in FORWARD_ONLY:
         grads = part.backward(kernels, part.forward(kernels))
         assert not grads["weight"].any()
         assert not grads["bias"].any()

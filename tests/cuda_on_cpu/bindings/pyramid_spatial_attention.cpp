@@ -121,8 +121,18 @@ CUEMU_ENTRY(pool_concat_conv_forward) {
   return mafnet::launch_pool_concat_conv_forward(conv_forward_params(arguments), nullptr);
 }
 
+CUEMU_ENTRY(pool_concat_conv_3x3_forward) {
+  return mafnet::launch_pool_concat_conv_3x3_forward(conv_forward_params(arguments), nullptr);
+}
+
 CUEMU_ENTRY(resize_conv_forward) {
   return mafnet::launch_resize_conv_forward(conv_forward_params(arguments), nullptr);
+}
+
+CUEMU_ENTRY(resize_add_conv_forward) {
+  PyramidConvParams p = conv_forward_params(arguments);
+  p.other = source(arguments, "other");
+  return mafnet::launch_resize_add_conv_forward(p, nullptr);
 }
 
 CUEMU_ENTRY(pool_concat_backward) {
