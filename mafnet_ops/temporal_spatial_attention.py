@@ -11,7 +11,7 @@ from ._state_dict import RenameOnLoad
 from .pyramid_spatial_attention_parts import (
     pointwise_conv,
     pool_concat_conv,
-    resize_add,
+    resize_add_conv,
     resize_conv,
 )
 
@@ -89,7 +89,8 @@ def fuse(module: nn.Module, aligned: Tensor, negative_slope: float = _SLOPE) -> 
     half = pooled("spatial_attn2", pointwise("spatial_attn1", weighed))
     quarter = pooled("spatial_attn_l2", pointwise("spatial_attn_l1", half))
     quarter = conv_3x3("spatial_attn_l3", quarter)
-    merged = pointwise("spatial_attn4", resize_add(quarter, conv_3x3("spatial_attn3", half)))
+    half = conv_3x3("spatial_attn3", half)
+    merged = resize_add_conv(quarter, half, *layer("spatial_attn4"), negative_slope)
     mask = resize_conv(merged, *layer("spatial_attn5"), aligned.shape[3:])
     added = pointwise("spatial_attn_add2", pointwise("spatial_attn_add1", mask), 1.0)
     return torch.addcmul(added, pointwise("feat_fusion", weighed), torch.sigmoid(mask), value=2)
