@@ -45,6 +45,8 @@ class Case:
     definition: Callable[..., Tensor]  # called in float64 for the match
     flops: int  # of the forward pass
     terms: int  # products that an output element sums
+    # The definition with the roundings on the way that the op's page states, where they matter.
+    rounded: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,16 @@ def pool_recipe(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return conv_lrelu(torch.cat(pools, 1), weight, bias)
 
 
+def rounded_pool_recipe(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The pooled values in ``dtype``: where that turns the sign of a sum, the activation's slope is the other one."""
+
+    def recipe(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        pools = [F.max_pool2d(image, 3, 2, 1), F.avg_pool2d(image, 3, 2, 1)]
+        return conv_lrelu(torch.cat(pools, 1).to(dtype).to(image.dtype), weight, bias)
+
+    return recipe
+
+
 def gate_recipe(image: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return image * mask.sigmoid() * 2 + conv_lrelu(mask, weight, bias)
 
@@ -423,6 +435,7 @@ def pyramid_spatial_attention_cases(suite: Suite) -> Iterator[Case]:
                 definition=recipe,
                 flops=flops,
                 terms=9 * channels,
+                rounded=rounded_pool_recipe(DTYPES[dtype]) if recipe is pool_recipe else None,
             )
 
 
