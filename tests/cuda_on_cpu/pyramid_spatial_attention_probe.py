@@ -31,10 +31,6 @@ IDLE = {
         "convolution_backward.cu",
         "(is_same_size(p))",
     ): "a resize to the same size gives the same, slower",
-    (
-        "convolution.cuh",
-        "(suits_tensor_cores(p, features, epilogue))",
-    ): "the other kernel gives as good a result, slower",
     ("image.cuh", "channels_last"): "which thread does what",
     ("image.cuh", "kAccess == Access::kEither"): "saves code",
     ("image.cuh", "kAccess != Access::kVectors"): "saves code",
