@@ -177,7 +177,7 @@ void forward_planes(const SpatialGateParams& p) {
   // Rows of the image that follow each other are one.
   const bool joined =
       p.input.stride[2] == p.width && p.mask.stride[2] == p.width && p.output.stride[2] == p.width;
-  const int64_t lines = joined ? 1 : p.height, length = joined ? p.height * p.width : p.width;
+  const int64_t lines = joined ? 1 : p.height, length = int64_t{p.width} * (joined ? p.height : 1);
   const int64_t per_line = divide_up(length, kPlaneBlock);
   parallel_for(0, p.batch * lines * per_line, 1, [&](int64_t begin, int64_t end) {
     const size_t size = rows * kPlaneBlock;
