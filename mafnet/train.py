@@ -90,13 +90,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. ``model`` names a preset and changes single keys of it."""
+    """A whole run. ``model`` changes single keys of the preset; ``start_from`` are weights, by name or path, to go on from."""
 
     data: DataConfig
     stages: tuple[StageConfig, ...]
     output: str
     preset: str = "lite"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start_from: str | None = None
     attention_window: int | None = None  # while training: a window that divides the patch
     eval: EvalConfig | None = None
     seed: int = 1
@@ -132,7 +133,10 @@ class Trainer:
         self.data: PackedData = pack(config.data)
         self.rng = np.random.default_rng(config.seed)
         torch.manual_seed(config.seed)
-        self.averages = MAFnet(self.model_config).state_dict()  # what the next stage starts from
+        net = MAFnet(self.model_config)
+        if config.start_from is not None:
+            checkpoint.load_strict(net, checkpoint.load(config.start_from))
+        self.averages = net.state_dict()  # what the next stage starts from
         self.stage_index = 0
 
     def run(self) -> Path:

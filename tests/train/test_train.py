@@ -15,6 +15,7 @@ from small_model import TINY
 from torch import Tensor
 
 from mafnet import ConfigError, MAFnet, train
+from mafnet.checkpoint import CheckpointError
 from mafnet.config import from_dict, to_dict
 from mafnet.data import PackedData
 from mafnet.train import TrainConfig, Trainer, TrainingError, known_flow_error, photometric_error
@@ -81,6 +82,21 @@ def test_three_stages_give_weights_that_load(tmp_path: Path, autocast: str) -> N
     assert all(np.isfinite(r["norm"]) for r in rows)
     before, after = (weights(tmp_path / f"stage{i}.safetensors") for i in ("0-image", "2-clip"))
     assert any(not torch.equal(before[k], after[k]) for k in before if "flow_branch.fuse" in k)
+
+
+def test_a_run_goes_on_from_weights(tmp_path: Path) -> None:
+    first = Trainer(config(tmp_path / "first", ALL_STAGES[:1])).run()
+    stage = {"kind": "clip", "steps": 1, "lr": 1e-12, "ema": 0.0}
+    second = Trainer(config(tmp_path / "second", [stage], start_from=str(first))).run()
+    before, after = weights(first), weights(second)
+    assert all(torch.allclose(before[k], after[k], rtol=0, atol=1e-9) for k in before)
+
+
+def test_weights_of_another_model_are_no_start(tmp_path: Path) -> None:
+    MAFnet(TINY).save_pretrained(tmp_path / "hr.safetensors")  # its LSTM runs at HR
+    start = config(tmp_path, ALL_STAGES, start_from=str(tmp_path / "hr.safetensors"))
+    with pytest.raises(CheckpointError, match=r"hr\.safetensors: (missing|unexpected) head"):
+        Trainer(start)
 
 
 def test_learning_lowers_the_loss(tmp_path: Path, data: PackedData) -> None:
