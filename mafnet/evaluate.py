@@ -23,6 +23,7 @@ from .data.folders import (
 )
 from .metrics import psnr_y, ssim_y
 from .model import MAFnet
+from .video.stream import windows
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -144,10 +145,8 @@ def upscale_frames(net: MAFnet, frames: ByteArray, chunk: int, overlap: int) -> 
     """(T, H, W, 3) uint8 -> each (4H, 4W, 3) uint8, in windows with ``overlap`` frames of context each side."""
     if chunk < 1 or overlap < 0:
         raise ConfigError(f"expected chunk >= 1 and overlap >= 0, got {chunk} and {overlap}")
-    for start in range(0, len(frames), chunk):
-        stop = min(start + chunk, len(frames))
-        first, last = max(0, start - overlap), min(len(frames), stop + overlap)
-        yield from _upscale(net, frames[first:last], range(start - first, stop - first))
+    for items, keep in windows(frames, chunk, overlap):
+        yield from _upscale(net, np.stack(items), range(keep.start, keep.stop))
 
 
 def _center(net: MAFnet, frames: ByteArray) -> ByteArray:
