@@ -90,7 +90,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. ``model`` changes single keys of the preset; ``start_from`` are weights, by name or path, to go on from."""
+    """A whole run.
+
+    ``model`` changes single keys of the preset; ``start_from`` names weights, or their file, to go on from.
+    """
 
     data: DataConfig
     stages: tuple[StageConfig, ...]
