@@ -41,11 +41,18 @@ def _seeds(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_minutes, reverse=True)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=_NO_GPU))
+
+
+def _minutes(item: pytest.Item) -> float:
+    """What a test says of its length; the longest begins first, so that no worker is left alone with it at the end."""
+    slow = item.get_closest_marker("slow")
+    return 0.0 if slow is None else float(slow.kwargs.get("minutes", 0.2))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -288,7 +288,7 @@ def test_planted_kernels_are_caught(tmp_path: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.slow(minutes=10)
 def test_all_kernels_hold_their_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `make kernels`; incremental, and what was disassembled before is not again."""
     environment = {**os.environ, "MAFNET_CUDA": "1", "MAFNET_CUDA_ARCHS": SETUP.DEFAULT_ARCHS}

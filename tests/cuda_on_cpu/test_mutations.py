@@ -22,7 +22,7 @@ from cuda_on_cpu.emulator import Check, Kernels, needs_emulator, op_library
 from cuda_on_cpu.mutants import Mutant, find, kernel_files, with_switches
 from cuda_on_cpu.trial import which_are_noticed
 
-pytestmark = [needs_emulator, pytest.mark.slow]
+pytestmark = [needs_emulator, pytest.mark.slow(minutes=3)]
 
 
 def case_of(name: str) -> str:
