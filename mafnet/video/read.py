@@ -270,12 +270,12 @@ class VideoReader:
         )
 
     def _orientation(self, first: Any) -> Orientation:
-        for data in first.side_data:
-            if data.type.name == "DISPLAYMATRIX":
-                try:
-                    return display_orientation(bytes(data))
-                except VideoError as error:
-                    raise VideoError(f"{self.path}: {error}") from error
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            try:
+                return display_orientation(bytes(matrix))
+            except VideoError as error:
+                raise VideoError(f"{self.path}: {error}") from error
         return Orientation()
 
     def _estimate_frames(self) -> int | None:

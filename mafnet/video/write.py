@@ -171,16 +171,18 @@ class VideoWriter:
 
     def _start(self) -> None:
         context = self._stream.codec_context
+        chosen = ", ".join(f"{k}={v}" for k, v in self._options.items())
+        asked = (
+            f"{context.name} refuses {context.width}x{context.height} {self.pixel_format} {chosen}"
+        )
+        try:
+            context.open()  # a context that fails to is not touched again: PyAV 19 then crashes
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"{self.target}: {asked}: {_reason(error)}") from error
         try:
             self._output.start_encoding()
         except (av.FFmpegError, OSError, ValueError) as error:
-            if context.is_open:
-                raise VideoError(f"{self.target}: {_reason(error)}") from error
-            chosen = ", ".join(f"{k}={v}" for k, v in self._options.items())
-            raise VideoError(
-                f"{self.target}: {context.name} refuses {context.width}x{context.height} "
-                f"{self.pixel_format} {chosen}: {_reason(error)}"
-            ) from error
+            raise VideoError(f"{self.target}: {_reason(error)}") from error
         unused = [name for name in self._options if name in context.options]
         if unused:
             raise VideoError(f"--{unused[0]}: encoder {context.name} has no such option")

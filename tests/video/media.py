@@ -79,6 +79,17 @@ def smooth_frame(height: int, width: int, index: int) -> np.ndarray:
     return np.stack([np.round(110 + 90 * plane) for plane in planes], -1).astype(np.uint8)
 
 
+def code_values(frame: np.ndarray, matrix: int, colour_range: int) -> np.ndarray:
+    """(h, w, 3) RGB -> (3, h, w) Y'CbCr by H.273, 8.1.4; libswscale knows BT.2020 only since PyAV 18."""
+    kr, kb = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}[matrix]
+    offset, luma_span, chroma_span = (16, 219, 224) if colour_range == 1 else (0, 255, 255)
+    red, green, blue = np.moveaxis(frame / 255, -1, 0)
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    cb, cr = (blue - luma) / (2 * (1 - kb)), (red - luma) / (2 * (1 - kr))
+    planes = [offset + luma_span * luma, 128 + chroma_span * cb, 128 + chroma_span * cr]
+    return np.round(np.stack(planes)).clip(0, 255).astype(np.uint8)
+
+
 def make_video(
     path: Path,
     count: int = 10,
@@ -110,13 +121,9 @@ def make_video(
         sound = container.add_stream(audio, rate=48000) if audio else None
         container.start_encoding()
         for frame, stamp in zip(frames, pts):
-            picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(
-                format=pixel_format,
-                dst_colorspace={1: 1, 6: 5, 9: 9}[colour[0]],  # H.273 to swscale
-                src_color_range="JPEG",
-                dst_color_range="MPEG" if colour[1] == 1 else "JPEG",
-                interpolation=0x42000 | 4,  # accurate rounding, full chroma, bicubic
-            )
+            picture = av.VideoFrame.from_ndarray(code_values(frame, *colour), "yuv444p")
+            if pixel_format != "yuv444p":
+                picture = picture.reformat(format=pixel_format, interpolation=0x42000 | 4)
             picture.pts, picture.time_base = stamp, TICK
             container.mux(stream.encode(picture))
         rest = stream.encode(None)
