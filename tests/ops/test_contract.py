@@ -60,6 +60,8 @@ def assert_accurate(contract: Contract, tensors: list[Tensor], actual: list[Tens
     baseline = run(contract.baseline, tensors)
     if contract.roundings > 1 and actual[0].dtype == torch.float64:
         baseline = [e + d for e, d in zip(exact, _errors_in_fp64(contract, tensors))]
+    elif contract.roundings > 1:
+        baseline = _worst_of_neighbours(contract, tensors, baseline, exact)
     pixels = tensors[0].shape[0] * tensors[0].shape[2] * tensors[0].shape[3]
     for i, (a, b, e) in enumerate(zip(actual, baseline, exact)):
         what = "output" if i == 0 else f"gradient of argument {i - 1}"
@@ -69,6 +71,32 @@ def assert_accurate(contract: Contract, tensors: list[Tensor], actual: list[Tens
             assert_as_accurate(a, b if contract.roundings > 1 else e, e, what, 4 * terms)
         else:
             assert_as_accurate(a, b.to(a.dtype), e, what, terms, contract.roundings)
+
+
+def _worst_of_neighbours(
+    contract: Contract, tensors: list[Tensor], baseline: list[Tensor], exact: list[Tensor]
+) -> list[Tensor]:
+    """PyTorch's results with the largest errors, from these tensors and 16 neighbours, one rounding away.
+
+    A gradient jumps where a rounding turns the sign before a leaky ReLU. With all maps in bf16 PyTorch's own error at
+    one point says little: it allowed a tenth of what is usual beside it, and 6 % of all sizes had such a gradient.
+    """
+
+    def error(result: Tensor, truth: Tensor) -> float:
+        return float((result - truth).abs().nan_to_num().amax()) if truth.numel() else 0.0
+
+    def moved(t: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2.0 - 1.0
+        return (t.double() * (1 + signs * torch.finfo(t.dtype).eps)).to(t.dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    worst = baseline
+    for _ in range(16):
+        results = run(contract.baseline, [moved(t) for t in tensors])
+        worst = [
+            max(w, r, key=lambda x, e=e: error(x, e)) for w, r, e in zip(worst, results, exact)
+        ]
+    return worst
 
 
 def _errors_in_fp64(contract: Contract, tensors: list[Tensor]) -> list[Tensor]:
