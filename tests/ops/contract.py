@@ -39,6 +39,8 @@ class Contract:
     """How many products an output element sums at most, the layers of a network counted together."""
     roundings: int = 1
     """How many maps in a row have the dtype of the arguments, from an argument to a result or its gradient."""
+    kinks: bool = False
+    """Whether rounding such a map may turn a sign on which gradients depend."""
     coordinates: tuple[int, ...] = ()
     """Arguments that stay fp32 beside half-precision ones."""
     batched: tuple[int, ...] = (0,)
@@ -272,6 +274,7 @@ CONTRACTS = (
         _pyramid,
         terms=8 * 36,
         roundings=20,  # 10 maps, and their gradients
+        kinks=True,
         raw={
             "pool_concat_forward": lambda tensors: (tensors[0],),
             "pool_concat_backward": lambda tensors: (_pooled_ones(tensors[0], 8), tensors[0]),
