@@ -47,6 +47,11 @@ def _corner(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return torch.where(inside.unsqueeze(1), gather_pixels(image, safe_y, safe_x), 0.0)
 
 
+def _bound(x: Tensor, low: float, high: float) -> Tensor:
+    """As ``x.clamp(low, high)``, with slope 1 at the bounds themselves, where clamp has 1 before torch 2.15, then 0."""
+    return x.masked_fill(x < low, low).masked_fill(x > high, high)  # keeps NaN
+
+
 def sample_bilinear(image: Tensor, y: Tensor, x: Tensor, padding_mode: str = "zeros") -> Tensor:
     """Bilinear samples with zeros outside; for other paddings y and x are in range, and only a neighbour may not be.
 
@@ -58,7 +63,7 @@ def sample_bilinear(image: Tensor, y: Tensor, x: Tensor, padding_mode: str = "ze
         (B, C, P). At an integer coordinate the gradient is the right-hand one (the cell [n, n + 1)).
     """
     height, width = image.shape[-2:]
-    y, x = y.clamp(-1, height), x.clamp(-1, width)  # keeps NaN; -1 and the size itself sample zero
+    y, x = _bound(y, -1, height), _bound(x, -1, width)  # -1 and the size itself sample zero
     y0, x0 = y.detach().floor(), x.detach().floor()
     fy, fx = (y - y0).unsqueeze(1), (x - x0).unsqueeze(1)
     y1, x1 = _pad_tap(y0 + 1, height, padding_mode), _pad_tap(x0 + 1, width, padding_mode)
@@ -74,7 +79,7 @@ def _sample_bilinear_once(image: Tensor, y: Tensor, x: Tensor, width_hint: int) 
     height, width = image.shape[-2:]
     # grid_sample's index of an infinite coordinate is undefined. Rounding moves a coordinate of -1 or of the size a
     # little into the image, so that far ones are kept a whole pixel from it.
-    y, x = y.clamp(-2, height + 1), x.clamp(-2, width + 1)
+    y, x = _bound(y, -2, height + 1), _bound(x, -2, width + 1)
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
     grid = grid.view(image.shape[0], -1, width_hint, 2)
     return F.grid_sample(image, grid, "bilinear", "zeros", align_corners=False).flatten(2)
@@ -94,7 +99,7 @@ def _reflect(coordinate: Tensor, size: int) -> Tensor:
 
 def _pad_coordinate(coordinate: Tensor, size: int, padding_mode: str) -> Tensor:
     if padding_mode == "border":
-        return coordinate.clamp(0, size - 1)
+        return _bound(coordinate, 0, size - 1)
     if padding_mode == "reflection":
         return _reflect(coordinate, size)
     return coordinate
@@ -122,7 +127,7 @@ def _cubic_weights(t: Tensor) -> list[Tensor]:
 
 def _sample_bicubic(image: Tensor, y: Tensor, x: Tensor, padding_mode: str) -> Tensor:
     height, width = image.shape[-2:]
-    y, x = y.clamp(-3, height + 2), x.clamp(-3, width + 2)  # beyond these every tap is padding
+    y, x = _bound(y, -3, height + 2), _bound(x, -3, width + 2)  # beyond these every tap is padding
     y0, x0 = y.detach().floor(), x.detach().floor()
     weights_y, weights_x = _cubic_weights(y - y0), _cubic_weights(x - x0)
     out = image.new_zeros(())
