@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Classes of instructions that bars may name, by opcode; the first that matches counts. The class `slots` is
-# every instruction: each one takes an issue slot of its warp.
+# every instruction: each one takes an issue slot of its warp; `way` those of a loop's shortest way around.
 CLASSES = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -54,7 +55,7 @@ CLASSES = {
     }.items()
 }
 CALLS = {"div64": "_s64", "div64u": "_u64", "fdiv": "div_rn", "call": ""}  # by the callee's name
-METRICS = ("slots", *CLASSES, *CALLS)
+METRICS = ("slots", "way", *CLASSES, *CALLS)
 
 KERNEL_NAMES = {"__nv_bfloat16": "bfloat16", "__half": "half"}
 
@@ -193,6 +194,21 @@ class Function:
                     bodies.setdefault(header, {header}).update(reach(predecessors, branch, header))
         return [body for body in bodies.values() if not self.is_spin(body)]
 
+    def way(self, body: set[int]) -> int:
+        """Instructions of the shortest way through a loop, from its header back to it."""
+        predecessors = invert(self.successors)
+        header = next(i for i in body if i == 0 or predecessors[i] - body)
+        pending, seen = [(0, header)], set[int]()
+        while True:
+            length, i = heapq.heappop(pending)
+            if i == header and length > 0:
+                return length
+            if i not in seen:
+                seen.add(i)
+                length += self.instructions[i][0] != "NOP"
+                for following in self.successors[i] & body:
+                    heapq.heappush(pending, (length, following))
+
     def is_spin(self, body: set[int]) -> bool:
         """The few instructions in which sm_75 lets diverged lanes wait for each other: no work of ours."""
         return len(body) <= 16 and any(self.instructions[i][0] == "YIELD" for i in body)
@@ -261,7 +277,7 @@ def read_cubin(cubin: Path) -> list[Kernel]:
         loops = [
             Loop(
                 innermost=not any(other < body for other in bodies),
-                mix=count([function.instructions[i] for i in body]),
+                mix={**count([function.instructions[i] for i in body]), "way": function.way(body)},
             )
             for body in bodies
         ]

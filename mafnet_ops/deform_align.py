@@ -81,10 +81,7 @@ def deform_align(
     # The raw ops know no None.
     reach = math.inf if max_residue_magnitude is None else float(max_residue_magnitude)
     require(reach == reach, _OP, "max_residue_magnitude", "a number or None", reach)
-    device = input.device.type
-    if device != "cpu" and parts > 1 and flow_2 is None:
-        raw, parts = _repeat(raw, parts), 1
-    if device not in _NATIVE_DEVICES or (parts > 1 and device != "cpu"):
+    if input.device.type not in _NATIVE_DEVICES:
         # The prologue in PyTorch, then whatever runs the convolution here.
         offset, mask = _offsets(raw, flow_1, flow_2, reach, parts)
         return modulated_deform_conv2d(input, offset, mask, weight, bias, *pairs(geometry))
@@ -120,12 +117,6 @@ def _check(
         if flow is not None:
             require_shape(_OP, name, flow, shape, "(N, H_out, W_out, 2)")
     return checked
-
-
-def _repeat(raw: Tensor, parts: int) -> Tensor:
-    """Raw output with as many more offset groups as there are parts."""
-    offset, mask = raw.split([raw.shape[1] // 3 * 2, raw.shape[1] // 3], 1)
-    return torch.cat([offset] * parts + [mask] * parts, 1)
 
 
 def _offsets(

@@ -40,13 +40,18 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return cudaGetLastError();
 }
 
-// The same pointer into global memory, which the compiler keeps in registers instead of working it
-// out again in a loop.
+// The same pointer into global memory, or number, which the compiler keeps in registers instead of
+// working it out again in a loop.
 template <typename T>
 DEVICE T* held(T* pointer) {
   asm("" : "+l"(pointer));
   __builtin_assume(__isGlobal(pointer));
   return pointer;
+}
+
+DEVICE uint32_t held(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
 }
 
 // base + count * size, in one instruction; base and the result lie in global memory.
@@ -154,9 +159,14 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   __trap();
 #endif
 }
-// The nearest TF32, of 11 bits; ties away from zero. NaN and infinity stay.
+// The nearest TF32, of 11 bits; a tie goes to the even one, or away from zero below sm_90. NaN and
+// infinity stay.
 DEVICE float to_tf32(float v) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900  // one instruction, where the other is three
+  uint32_t bits;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+#elif __CUDA_ARCH__ >= 800
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
   return __uint_as_float(bits);
@@ -240,6 +250,7 @@ template <typename T>
 DEVICE T* held(T* pointer) {
   return pointer;
 }
+DEVICE uint32_t held(uint32_t v) { return v; }
 DEVICE const unsigned char* address_of(const void* base, uint32_t count, uint32_t size) {
   return static_cast<const unsigned char*>(base) + uint64_t{count} * size;
 }

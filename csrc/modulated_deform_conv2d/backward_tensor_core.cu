@@ -34,9 +34,9 @@ constexpr int kAhead = kStages - 2;  // stages under way while one is used and o
 
 // How the vectors of a tap are dealt to the four lanes of a pixel. A round takes 4 / sharing offset
 // groups, each to as many lanes as divide its vectors evenly; in its steps a lane takes `run`
-// vectors of one group.
+// vectors of one group, of each part.
 struct Deal {
-  int vectors;        // of an offset group
+  int vectors;        // of an offset group, in one part
   int sharing, bits;  // lanes that share one: 1, 2 or 4, and the logarithm
   int run, rounds;
 
@@ -65,12 +65,14 @@ __global__ void __launch_bounds__(kThreads)
   const int passes = static_cast<int>(ceil_div(p.out_channels, kOutputs));
   const int pass = static_cast<int>(blockIdx.x) % passes;
   const int step = static_cast<int>(blockIdx.x) / passes;
-  const int parts = p.channels / kStepChannels, tap = step / parts, part = step % parts;
+  const int tap_steps = p.channels / kStepChannels, tap = step / tap_steps;
+  const int run = step % tap_steps / deal.run;  // of all rounds and parts
   const int chunk = threadIdx.x / (kColumnTiles * 32), tile = threadIdx.x / 32 % kColumnTiles;
   const int lane = threadIdx.x % 32, column = lane / 4;
   const int output = pass * kOutputs + chunk * kChunkOutputs + lane % 4 * kLaneChannels;
-  const int group = deal.group_of(part / deal.run, column / 2);
-  const int channel = deal.channel_of(group, part % deal.run, column / 2) + 2 * tile + column % 2;
+  const int group = deal.group_of(run / p.parts, column / 2);
+  const int channel = run % p.parts * p.part_channels() +
+                      deal.channel_of(group, step % deal.run, column / 2) + 2 * tile + column % 2;
   const bool known = output < p.out_channels;
   const int64_t output_stride = int64_t{p.channels} * p.taps();
   const T* weight =
@@ -89,18 +91,6 @@ struct Cell {
   float part_y, part_x, mask;
   int inside;  // bit k: corner (row + k / 2, column + k % 2) is in the image
 };
-
-// The first pixel of the cell of v on an axis, and v's place in it. From two beside the image on it
-// does not matter where: infinity becomes a number, NaN stays one in part.
-DEVICE int find_cell(float v, int size, float& part) {
-  const int first = split_floor(fminf(fmaxf(v, -2.0f), static_cast<float>(size)), part);
-  part = v == v ? part : v;
-  return first;
-}
-
-DEVICE bool is_inside(int index, int size) {
-  return static_cast<unsigned>(index) < static_cast<unsigned>(size);
-}
 
 DEVICE Cell make_cell(const ModulatedDeformConv2dParams& p, float y, float x, float mask) {
   Cell cell;
@@ -176,6 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   const Deal deal = make_deal(p);
+  const int part_channels = p.part_channels();
   const int passes = kHeld ? 1 : static_cast<int>(ceil_div(p.out_channels, kOutputs));
   const int stages = p.taps() * (p.channels / kStepChannels) * passes;
   const uint4* packed = static_cast<const uint4*>(p.packed_weight) + thread;
@@ -235,51 +226,56 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
 
       float dots[2][4] = {};  // of grad_column and the corners
-      for (int step = 0; step < deal.run; ++step) {
-        const int channel = deal.channel_of(group, step, t);
-        Words<4> corners[2][4];
-        const Image image = image_of(p, input, channel);
+      for (int first_of_part = 0; first_of_part < p.channels; first_of_part += part_channels) {
+        for (int step = 0; step < deal.run; ++step) {
+          const int channel = first_of_part + deal.channel_of(group, step, t);
+          Words<4> corners[2][4];
+          // Where the channels begin: in the lane's own pointer, or in each sum, which is one more
+          // instruction but two registers less where others are short.
+          const Image image = image_of(p, input, kHeld ? channel : 0);
+          const uint32_t first_channel = kHeld ? 0 : channel * uint32_t{sizeof(T)};
 #pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          const uint32_t first_corner = image.at(cell[q].row, cell[q].column);
+          for (int q = 0; q < 2; ++q) {
+            const uint32_t first_corner = image.at(cell[q].row, cell[q].column) + first_channel;
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            // Outside, the first pixel is read in place and its products are dropped below.
-            const uint32_t corner =
-                first_corner + k / 2 * image.row_stride + k % 2 * image.column_stride;
-            const bool inside = cell[q].inside >> k & 1;
-            corners[q][k] = image.load<4>(inside ? corner : image.channels);
-          }
-        }
-
-        float sums[kColumnTiles][4] = {};
-        for (int pass = 0; pass < passes; ++pass) {
-          if constexpr (!kHeld) load_grads(pass);
-          cp_async_wait<kAhead>();
-          __syncthreads();  // the stage is there for all, and all have left the one before it
-          fetch_stage();
-#pragma unroll
-          for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const Words<4>&g = grads[chunk][0], &h = grads[chunk][1];
-#pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) {
-              const uint4 b = ring[used % kStages][(chunk * kColumnTiles + tile) * 32 + lane];
-              mma_m16n8k16(sums[tile], {g.at(0), h.at(0), g.at(1), h.at(1)}, {b.x, b.y}, T());
-              mma_m16n8k16(sums[tile], {g.at(2), h.at(2), g.at(3), h.at(3)}, {b.z, b.w}, T());
+            for (int k = 0; k < 4; ++k) {
+              // Outside, the first pixel is read in place and its products are dropped below.
+              const uint32_t corner =
+                  first_corner + k / 2 * image.row_stride + k % 2 * image.column_stride;
+              const bool inside = cell[q].inside >> k & 1;
+              corners[q][k] = Words<4>::load(image.data + (inside ? corner : first_channel));
             }
           }
-          ++used;
-        }
+
+          float sums[kColumnTiles][4] = {};
+          for (int pass = 0; pass < passes; ++pass) {
+            if constexpr (!kHeld) load_grads(pass);
+            cp_async_wait<kAhead>();
+            __syncthreads();  // the stage is there for all, and all have left the one before it
+            fetch_stage();
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+              const Words<4>&g = grads[chunk][0], &h = grads[chunk][1];
+#pragma unroll
+              for (int tile = 0; tile < kColumnTiles; ++tile) {
+                const uint4 b = ring[used % kStages][(chunk * kColumnTiles + tile) * 32 + lane];
+                mma_m16n8k16(sums[tile], {g.at(0), h.at(0), g.at(1), h.at(1)}, {b.x, b.y}, T());
+                mma_m16n8k16(sums[tile], {g.at(2), h.at(2), g.at(3), h.at(3)}, {b.z, b.w}, T());
+              }
+            }
+            ++used;
+          }
 
 #pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          float grad_column[kLaneChannels];
+          for (int q = 0; q < 2; ++q) {
+            float grad_column[kLaneChannels];
 #pragma unroll
-          for (int i = 0; i < kLaneChannels; ++i) grad_column[i] = sums[i / 2][2 * q + i % 2];
+            for (int i = 0; i < kLaneChannels; ++i) grad_column[i] = sums[i / 2][2 * q + i % 2];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) dots[q][k] += dot<T>(grad_column, corners[q][k]);
-          if (p.grad_input != nullptr) {
-            scatter<kFixed>(p, cell[q], grad_column, grad_image + channel, fixed);
+            for (int k = 0; k < 4; ++k) dots[q][k] += dot<T>(grad_column, corners[q][k]);
+            if (p.grad_input != nullptr) {
+              scatter<kFixed>(p, cell[q], grad_column, grad_image + channel, fixed);
+            }
           }
         }
       }
@@ -332,7 +328,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 bool takes(const ModulatedDeformConv2dParams& p) {
   // Offsets within an image of grad_input fit into 32 bits.
   const bool is_grad_small = int64_t{p.height} * p.width * p.channels <= kMostBytes;
-  return p.parts == 1 && is_grad_small && backward_suits_tensor_cores(p);
+  const bool has_steps = p.part_channels() % kStepChannels == 0;  // whole ones in every part
+  return has_steps && is_grad_small && backward_suits_tensor_cores(p);
 }
 
 int64_t stages(const ModulatedDeformConv2dParams& p) {

@@ -146,9 +146,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                         load_coordinates<T, kRaw>(p, origin, static_cast<uint32_t>(pixel),
                                                   source.offset_group, source.plane));
       const Image image = image_of(p, input, source.channel);
-      const Corners<4> corners = __all_sync(0xffffffffu, is_inner(p, position))
-                                     ? inner_corners<4>(position, image)
-                                     : edge_corners<4>(p, position, image);
+      const Corners<4> corners =
+          __all_sync(0xffffffffu, is_inner(position, p.height - 1, p.width - 1))
+              ? inner_corners<4>(position, image)
+              : edge_corners<4>(p, position, image);
       float sample[kLaneChannels];
       blend<T>(corners, sample);
       // Past the end grad_output is 0, and so the sample must be: it could be NaN.

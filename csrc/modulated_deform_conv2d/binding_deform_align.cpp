@@ -32,9 +32,6 @@ Call make_raw_call(const Tensor& input, const Tensor& raw, const std::optional<T
   ModulatedDeformConv2dParams& p = call.params;
   p.raw.used = true;
   p.raw.max_residue = max_residue;
-  if constexpr (kIsCuda) {  // Python takes other ways there
-    MAFNET_CHECK(parts == 1, call.op, "parts", "1 on CUDA", parts);
-  }
   // The last third of the planes.
   p.mask_dtype = p.offset_dtype;
   for (int i = 0; i < 3; ++i) p.mask_stride[i] = p.offset_stride[i];

@@ -17,6 +17,7 @@
 // once where groups have 8 channels; per sample the four corners, from L1 where offsets are smooth.
 #include "modulated_deform_conv2d/forward_tensor_core.cuh"
 #include "modulated_deform_conv2d/tensor_core.cuh"
+#include "modulated_deform_conv2d/tensor_core_coordinates.cuh"
 #include "modulated_deform_conv2d/tensor_core_samples.cuh"
 
 namespace mafnet {
@@ -73,17 +74,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-DEVICE void move(float (&positions)[2], int by) {
-  positions[0] += static_cast<float>(by);
-  positions[1] += static_cast<float>(by);
+// What the loops want of the params, in the form in which they want it.
+struct Steps {
+  int last_row, last_column;  // of the image
+  // From tap to tap, in whole numbers below kMostPositions, whose sums are exact.
+  float to_column, to_row, back_to_column, back_to_row;
+
+  explicit Steps(const ModulatedDeformConv2dParams& p)
+      : last_row(p.height - 1),
+        last_column(p.width - 1),
+        to_column(static_cast<float>(p.dilation_w)),
+        to_row(static_cast<float>(p.dilation_h)),
+        back_to_column(static_cast<float>(-p.kernel_w * p.dilation_w)),
+        back_to_row(static_cast<float>(-p.kernel_h * p.dilation_h)) {}
+};
+
+DEVICE void move(float (&positions)[2], float by) {
+  positions[0] += by;
+  positions[1] += by;
 }
 
 template <typename Products, int kRuns, bool kRaw>
 __global__ void __launch_bounds__(kThreads, 2)
-    modulated_deform_conv2d_forward_tensor_core_kernel(const ModulatedDeformConv2dParams p) {
+    modulated_deform_conv2d_forward_tensor_core_kernel(const ModulatedDeformConv2dParams p,
+                                                       const Steps steps) {
   using T = typename Products::Feature;
   constexpr int kVectors = Products::kVectors, kStages = Products::kStages;
-  SHARED(uint4, ring, [kStages][kLaneTiles * kVectors]);
+  constexpr unsigned kStage = kLaneTiles * kVectors;
+  SHARED(uint4, ring, [kStages * kStage]);
   const int thread = threadIdx.x, lane = thread % 32;
   const int output_tiles = static_cast<int>(ceil_div(p.out_channels, kOutputs));
   const int output_tile = static_cast<int>(blockIdx.x) % output_tiles;
@@ -102,10 +120,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     base_y[q] = static_cast<float>(row * p.stride_h - p.padding_h);
     base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
   }
-  CoordinateOrigin origin = make_origin<T>(p, n);
-  origin.offset = held(origin.offset);
-  origin.mask = held(origin.mask);
-  const T* input = held(static_cast<const T*>(p.input) + n * p.input_stride[0]);
+  const CoordinateOrigin origin = make_origin<T>(p, n);
+  const CoordinatePlanes<T> planes(p, origin, pixel);
+  const T* input = static_cast<const T*>(p.input) + n * p.input_stride[0];
 
   // Run v of kRun channels lies in offset group v / runs_per_group % offset_groups, by products and
   // shifts.
@@ -114,91 +131,95 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int run_reciprocal = ((1 << 16) + runs_per_group - 1) / runs_per_group;
   const int group_reciprocal = ((1 << 20) + p.offset_groups - 1) / p.offset_groups;
 
-  const int steps = p.channels / kStepChannels * p.taps();
-  const uint4* stages = static_cast<const uint4*>(p.packed_weight);
+  // Vectors of packed_weight: of all stages, from one of this output tile to the next, and the next
+  // one of this thread.
   const auto stage_stride = static_cast<unsigned>(output_tiles * kLaneTiles * kVectors);
-  const auto first_of_stage = static_cast<unsigned>(output_tile * kLaneTiles * kVectors + thread);
-  int fetched = 0;
-  const auto fetch_stage = [&] {
-    if (fetched < steps) {
-      const unsigned at = static_cast<unsigned>(fetched) * stage_stride + first_of_stage;
+  const unsigned packed_end = p.channels / kStepChannels * p.taps() * stage_stride;
+  unsigned packed = static_cast<unsigned>(output_tile * kLaneTiles * kVectors + thread);
+  const auto fetch_stage = [&](unsigned place) {
+    if (packed < packed_end) {
+      const uint4* source = static_cast<const uint4*>(p.packed_weight) + packed;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        cp_async16(&ring[fetched % kStages][i * kThreads + thread], stages + (at + i * kThreads));
+        cp_async16(&ring[place + (thread - lane) + i * kThreads], source + i * kThreads);
       }
     }
-    ++fetched;
+    packed += stage_stride;
     cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) fetch_stage();
+  for (int i = 0; i < kStages - 1; ++i) fetch_stage(lane + i * kStage);
 
   float sums[kColumnTiles][4] = {};
-  int step = 0;
+  // Where in the ring this lane's weights are, of the step and of the one before it.
+  unsigned place = lane, left_place = lane + (kStages - 1) * kStage;
   for (int channel_step = 0; channel_step < p.channels / kStepChannels; ++channel_step) {
     const int run = (channel_step * (kStepChannels / kLaneChannels) + lane % 4) * kRuns;
     int offset_group[kRuns];
-    uint32_t plane[kRuns];
+    TapPointers tap[kRuns];
     Image image[kRuns];
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       const int part_group = (run + i) * run_reciprocal >> 16;
       offset_group[i] = part_group - (part_group * group_reciprocal >> 20) * p.offset_groups;
-      plane[i] = static_cast<uint32_t>(offset_group[i] * p.taps());
+      tap[i] = planes.first_tap(offset_group[i] * p.taps());
       image[i] = image_of(p, input, (run + i) * kRun);
+      image[i].data = held(image[i].data);
     }
-    int columns_left = p.kernel_w;
-    for (const int end = step + p.taps(); step < end; ++step) {
-      Position position[kRuns][2];
-      bool inner = true;
-#pragma unroll
-      for (int i = 0; i < kRuns; ++i) {
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          const auto coordinates = load_coordinates<T, kRaw, uint32_t, true>(
-              p, origin, static_cast<uint32_t>(pixel[q]), offset_group[i], plane[i]);
-          position[i][q] = make_position(base_y[q], base_x[q], coordinates);
-          inner = is_inner(p, position[i][q]) && inner;
-        }
-        ++plane[i];
-      }
-      Corners<kRunWords> corners[kRuns][2];
-      const bool all_inner = __all_sync(0xffffffffu, inner);
-#pragma unroll
-      for (int i = 0; i < 2 * kRuns; ++i) {
-        const Position& s = position[i / 2][i % 2];
-        corners[i / 2][i % 2] = all_inner ? inner_corners<kRunWords>(s, image[i / 2])
-                                          : edge_corners<kRunWords>(p, s, image[i / 2]);
-      }
-      float samples[2][kLaneChannels];
-#pragma unroll
-      for (int i = 0; i < 2 * kRuns; ++i) {
-        blend<T>(corners[i / 2][i % 2], samples[i % 2] + i / 2 * kRun);
-      }
-      const Products products(samples);
+    for (int row = 0; row < p.kernel_h; ++row) {
+      for (int column = 0; column < p.kernel_w; ++column) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // the stage is there for all, and all have left the one before it
+        fetch_stage(left_place);
 
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // the stage is there for all, and all have left the one before it
-      fetch_stage();
+        Coordinates<float> coordinates[kRuns][2];
+        planes.load_tap(tap, coordinates);
+        Position position[kRuns][2];
+        bool inner = true;
 #pragma unroll
-      for (int tile = 0; tile < kColumnTiles; ++tile) {
-        uint4 weights[kVectors];
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          weights[i] = ring[step % kStages][vector_of<Products>(tile, i, lane)];
+        for (int i = 0; i < 2 * kRuns; ++i) {
+          Coordinates<float>& c = coordinates[i / 2][i % 2];
+          if constexpr (kRaw) {
+            finish_raw<T>(p, origin, static_cast<uint32_t>(pixel[i % 2]), offset_group[i / 2], c);
+          }
+          Position& s = position[i / 2][i % 2] = make_position(base_y[i % 2], base_x[i % 2], c);
+          inner = is_inner(s, steps.last_row, steps.last_column) && inner;
         }
-        products.add(sums[tile], weights);
-      }
+        // Blended before both ways meet: the corners would fill half of the registers there.
+        float samples[2][kLaneChannels];
+        const auto sample = [&](const auto& corners_of) {
+#pragma unroll
+          for (int i = 0; i < 2 * kRuns; ++i) {
+            blend<T>(corners_of(position[i / 2][i % 2], image[i / 2]),
+                     samples[i % 2] + i / 2 * kRun);
+          }
+        };
+        if (__all_sync(0xffffffffu, inner)) {
+          sample(inner_corners<kRunWords>);
+        } else {
+          sample([&](const Position& s, const Image& image) {
+            return edge_corners<kRunWords>(p, s, image);
+          });
+        }
 
-      // To the next tap, in whole numbers below kMostPositions, whose sums are exact.
-      move(base_x, p.dilation_w);
-      if (--columns_left == 0) {
-        columns_left = p.kernel_w;
-        move(base_x, -p.kernel_w * p.dilation_w);
-        move(base_y, p.dilation_h);
+        const Products products(samples);
+#pragma unroll
+        for (int tile = 0; tile < kColumnTiles; ++tile) {
+          uint4 weights[kVectors];
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i) {
+            weights[i] = ring[place + vector_of<Products>(tile, i, 0)];
+          }
+          products.add(sums[tile], weights);
+        }
+        left_place = place;
+        place = (place + kStage) % (kStages * kStage);
+        move(base_x, steps.to_column);
       }
+      move(base_x, steps.back_to_column);
+      move(base_y, steps.to_row);
     }
-    move(base_y, -p.kernel_h * p.dilation_h);
+    move(base_y, steps.back_to_row);
   }
 
 #pragma unroll
@@ -269,7 +290,7 @@ int launch_products(const ModulatedDeformConv2dParams& params, void* stream) {
                          : modulated_deform_conv2d_forward_tensor_core_kernel<Products, 2, true>
       : whole    ? modulated_deform_conv2d_forward_tensor_core_kernel<Products, 1, false>
                  : modulated_deform_conv2d_forward_tensor_core_kernel<Products, 2, false>;
-  return launch(kernel, grid, dim3(kThreads), 0, stream, p);
+  return launch(kernel, grid, dim3(kThreads), 0, stream, p, Steps(p));
 }
 
 // Calls body(Type<Products>{}).

@@ -85,6 +85,7 @@ struct ModulatedDeformConv2dParams {
   MAFNET_HOST_DEVICE int taps() const { return kernel_h * kernel_w; }
   MAFNET_HOST_DEVICE int group_channels() const { return channels / groups; }
   MAFNET_HOST_DEVICE int group_outputs() const { return out_channels / groups; }
+  MAFNET_HOST_DEVICE int part_channels() const { return channels / parts; }
   // Of one part.
   MAFNET_HOST_DEVICE int offset_group_channels() const {
     return channels / (parts * offset_groups);

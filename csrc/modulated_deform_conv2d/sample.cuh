@@ -63,9 +63,34 @@ DEVICE CoordinateOrigin make_origin(const ModulatedDeformConv2dParams& p, int64_
 DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
 DEVICE double sigmoid(double v) { return 1 / (1 + exp(-v)); }
 
+// Makes coordinates of what a head put out.
+template <typename T, typename Index>
+DEVICE void finish_raw(const ModulatedDeformConv2dParams& p, const CoordinateOrigin& origin,
+                       Index pixel, int offset_group, Coordinates<Accumulator<T>>& c) {
+  using A = Accumulator<T>;
+  c.mask = sigmoid(c.mask);
+  c.chain[2] = c.mask * (1 - c.mask);
+  const A reach = static_cast<A>(p.raw.max_residue);
+  if (reach - reach == 0) {  // not infinite
+    c.dy = tanh(c.dy);
+    c.dx = tanh(c.dx);
+    c.chain[0] = reach * (1 - c.dy * c.dy);
+    c.chain[1] = reach * (1 - c.dx * c.dx);
+    c.dy *= reach;
+    c.dx *= reach;
+  }
+  const int i = p.raw.flow_of(offset_group, p.offset_groups);
+  const void* flow = i == 0 ? origin.flow[0] : origin.flow[1];
+  if (flow != nullptr) {
+    const bool is_t = p.raw.flow_dtype == p.dtype;
+    const Index at = pixel * static_cast<Index>(p.raw.flow_stride[i][1]);
+    c.dy += load_coordinate<T>(flow, is_t, at + static_cast<Index>(p.raw.flow_stride[i][2]));
+    c.dx += load_coordinate<T>(flow, is_t, at);
+  }
+}
+
 // Of plane offset_group * taps + tap. kRaw: p.raw.used, known to the compiler.
-// kMask: there is a mask, known to the compiler.
-template <typename T, bool kRaw, typename Index, bool kMask = kRaw>
+template <typename T, bool kRaw, typename Index>
 DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dParams& p,
                                                     const CoordinateOrigin& origin, Index pixel,
                                                     int offset_group, Index plane) {
@@ -77,32 +102,12 @@ DEVICE Coordinates<Accumulator<T>> load_coordinates(const ModulatedDeformConv2dP
   c.dy = load_coordinate<T>(origin.offset, is_t, at);
   c.dx = load_coordinate<T>(origin.offset, is_t, at + stride(p.offset_stride[1]));
   c.mask = c.chain[0] = c.chain[1] = c.chain[2] = 1;
-  if (kMask || p.mask != nullptr) {
+  if (kRaw || p.mask != nullptr) {
     c.mask =
         load_coordinate<T>(origin.mask, p.mask_dtype == p.dtype,
                            plane * stride(p.mask_stride[1]) + pixel * stride(p.mask_stride[2]));
   }
-  if constexpr (kRaw) {
-    c.mask = sigmoid(c.mask);
-    c.chain[2] = c.mask * (1 - c.mask);
-    const A reach = static_cast<A>(p.raw.max_residue);
-    if (reach - reach == 0) {  // not infinite
-      c.dy = tanh(c.dy);
-      c.dx = tanh(c.dx);
-      c.chain[0] = reach * (1 - c.dy * c.dy);
-      c.chain[1] = reach * (1 - c.dx * c.dx);
-      c.dy *= reach;
-      c.dx *= reach;
-    }
-    const int i = p.raw.flow_of(offset_group, p.offset_groups);
-    const void* flow = i == 0 ? origin.flow[0] : origin.flow[1];
-    if (flow != nullptr) {
-      const bool flow_is_t = p.raw.flow_dtype == p.dtype;
-      const Index flow_at = pixel * stride(p.raw.flow_stride[i][1]);
-      c.dy += load_coordinate<T>(flow, flow_is_t, flow_at + stride(p.raw.flow_stride[i][2]));
-      c.dx += load_coordinate<T>(flow, flow_is_t, flow_at);
-    }
-  }
+  if constexpr (kRaw) finish_raw<T>(p, origin, pixel, offset_group, c);
   return c;
 }
 

@@ -14,7 +14,7 @@ constexpr int kOutputs = 64;       // output channels of a tile
 // A lane's channels, from `channel` on, of the image that begins at input.
 template <typename T>
 DEVICE Image image_of(const ModulatedDeformConv2dParams& p, const T* input, int channel) {
-  return {reinterpret_cast<const unsigned char*>(input), static_cast<uint32_t>(channel * sizeof(T)),
+  return {reinterpret_cast<const unsigned char*>(input + channel),
           static_cast<uint32_t>(p.input_stride[2] * sizeof(T)),
           static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
 }

@@ -26,9 +26,9 @@ DEVICE Position make_position(float base_y, float base_x, const Coordinates<floa
 }
 
 // All four corners in the image. Not so for NaN and for far coordinates.
-DEVICE bool is_inner(const ModulatedDeformConv2dParams& p, const Position& s) {
-  return static_cast<unsigned>(s.row) < static_cast<unsigned>(p.height - 1) &&
-         static_cast<unsigned>(s.column) < static_cast<unsigned>(p.width - 1);
+DEVICE bool is_inner(const Position& s, int last_row, int last_column) {
+  return static_cast<unsigned>(s.row) < static_cast<unsigned>(last_row) &&
+         static_cast<unsigned>(s.column) < static_cast<unsigned>(last_column);
 }
 
 // kWords words of channels, in reads of at most 16 bytes.
@@ -56,51 +56,66 @@ struct Corners {
   float weight[4];
 };
 
-// Where an image begins, where a lane's channels in it, and its strides, in bytes.
+// Where a lane's channels of an image begin, and its strides, in bytes.
 struct Image {
   const unsigned char* data;
-  uint32_t channels, row_stride, column_stride;
+  uint32_t row_stride, column_stride;
 
   DEVICE uint32_t at(int row, int column) const {
-    return static_cast<uint32_t>(row) * row_stride + static_cast<uint32_t>(column) * column_stride +
-           channels;
-  }
-  template <int kWords>
-  DEVICE Words<kWords> load(uint32_t at) const {
-    return Words<kWords>::load(data + at);
+    return static_cast<uint32_t>(row) * row_stride + static_cast<uint32_t>(column) * column_stride;
   }
 };
 
-template <int kWords>
-DEVICE Corners<kWords> inner_corners(const Position& s, const Image& image) {
-  const uint32_t top = image.at(s.row, s.column), bottom = top + image.row_stride;
-  Corners<kWords> c;
-  c.value[0] = image.load<kWords>(top);
-  c.value[1] = image.load<kWords>(top + image.column_stride);
-  c.value[2] = image.load<kWords>(bottom);
-  c.value[3] = image.load<kWords>(bottom + image.column_stride);
-  const float low = (1 - s.part_y) * s.mask, high = s.part_y * s.mask;
-  c.weight[0] = low * (1 - s.part_x);
-  c.weight[1] = low * s.part_x;
-  c.weight[2] = high * (1 - s.part_x);
-  c.weight[3] = high * s.part_x;
-  return c;
+DEVICE void weigh_corners(float part_y, float part_x, float mask, float (&weight)[4]) {
+  const float low = (1 - part_y) * mask, high = part_y * mask;
+  weight[0] = low * (1 - part_x);
+  weight[1] = low * part_x;
+  weight[2] = high * (1 - part_x);
+  weight[3] = high * part_x;
 }
 
 template <int kWords>
+DEVICE Corners<kWords> inner_corners(const Position& s, const Image& image) {
+  // Three sums of 64 bits, from corner to corner: shorter than four from the image's begin.
+  const unsigned char* corner = image.data + image.at(s.row, s.column);
+  const unsigned char* right = corner + image.column_stride;
+  Corners<kWords> c;
+  c.value[0] = Words<kWords>::load(corner);
+  c.value[1] = Words<kWords>::load(right);
+  c.value[2] = Words<kWords>::load(corner + image.row_stride);
+  c.value[3] = Words<kWords>::load(right + image.row_stride);
+  weigh_corners(s.part_y, s.part_x, s.mask, c.weight);
+  return c;
+}
+
+// The first pixel of the cell of v on an axis, and v's place in it. From two beside the image on it
+// does not matter where: infinity becomes a number, NaN stays one in part.
+DEVICE int find_cell(float v, int size, float& part) {
+  const int first = split_floor(fminf(fmaxf(v, -2.0f), static_cast<float>(size)), part);
+  part = v == v ? part : v;
+  return first;
+}
+
+DEVICE bool is_inside(int index, int size) {
+  return static_cast<unsigned>(index) < static_cast<unsigned>(size);
+}
+
+// Of a sample anywhere: corners outside the image are zeros and are not read.
+template <int kWords>
 DEVICE Corners<kWords> edge_corners(const ModulatedDeformConv2dParams& p, const Position& s,
                                     const Image& image) {
-  Sample<float> sample;
-  sample.rows = sample_axis<Interpolation::kBilinear, float>(s.y, p.height, Padding::kZeros);
-  sample.columns = sample_axis<Interpolation::kBilinear, float>(s.x, p.width, Padding::kZeros);
+  float part_y, part_x;
+  const int first_row = find_cell(s.y, p.height, part_y);
+  const int first_column = find_cell(s.x, p.width, part_x);
   Corners<kWords> c;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = sample.rows.index[i / 2], column = sample.columns.index[i % 2];
+    const int row = first_row + i / 2, column = first_column + i % 2;
+    const bool inside = is_inside(row, p.height) && is_inside(column, p.width);
     c.value[i] = {};
-    if (row >= 0 && column >= 0) c.value[i] = image.load<kWords>(image.at(row, column));
-    c.weight[i] = sample.rows.weight[i / 2] * s.mask * sample.columns.weight[i % 2];
+    if (inside) c.value[i] = Words<kWords>::load(image.data + image.at(row, column));
   }
+  weigh_corners(part_y, part_x, s.mask, c.weight);
   return c;
 }
 

@@ -20,6 +20,7 @@ from cuda_on_cpu.modulated_deform_conv2d_cases import (
     packed_weight_bytes,
     poisoned,
     random_grad,
+    workspace_sizes,
 )
 from oracles import align_offsets_loop, deform_conv2d_loop, deform_conv2d_torch
 from tolerances import assert_as_accurate, assert_rounding_only, assert_same
@@ -106,7 +107,15 @@ ALIGN_TENSOR_CORE_CASES = {
     "96 channels in 3 parts of 4 offset groups, one flow": AlignCase(
         Case(1, 96, 16, (4, 5), offset_groups=4, channels_last=True), 1, 3, float_flow=False
     ),
+    "128 channels in 2 parts of 4 offset groups, two flows": AlignCase(
+        Case(1, 128, 72, (5, 4), (1, 2), padding=(0, 1), offset_groups=4, channels_last=True), 2, 2
+    ),
 }
+PARTS_AND_FLOWS = ALIGN_TENSOR_CORE_CASES["128 channels in 2 parts of 4 offset groups, two flows"]
+# Parts of half a step, which the backward leaves to the generic kernel.
+HALF_A_STEP = AlignCase(
+    Case(1, 32, 8, (4, 5), (1, 2), padding=(0, 1), offset_groups=2, channels_last=True), 2, 2
+)
 
 
 def repeated(offset: Tensor, parts: int) -> Tensor:
@@ -162,6 +171,15 @@ def align(
     return forward(kernels, case.convolution, split(tensors), generic, **options)
 
 
+def backward_arguments(
+    case: AlignCase, tensors: dict[str, Any], grad_output: Tensor
+) -> dict[str, Any]:
+    input, offset, mask, weight, _ = split(tensors)
+    arguments = {"input": input, "offset": offset, "mask": mask, "weight": weight}
+    arguments |= {**case.convolution.numbers, **options_of(case, tensors)}
+    return {**arguments, "grad_output": grad_output}
+
+
 def align_backward(
     kernels: Kernels,
     case: AlignCase,
@@ -172,10 +190,8 @@ def align_backward(
     **options: Any,
 ) -> dict[str, Tensor]:
     """The wanted gradients that there are, by argument name, as the binding makes them."""
-    input, offset, mask, weight, _ = split(tensors)
-    arguments = {"input": input, "offset": offset, "mask": mask, "weight": weight}
-    arguments |= {**case.convolution.numbers, **options_of(case, tensors)}
-    arguments["grad_output"] = grad_output
+    arguments = backward_arguments(case, tensors, grad_output)
+    input = tensors["input"]
     accumulator = torch.promote_types(input.dtype, torch.float32)
     present: dict[str, Tensor] = {}
     for name in wanted:
@@ -264,6 +280,17 @@ def check_align_backward(
                 assert_as_accurate(grad, baseline[name], exact[name], what, terms)
             if deterministic or name != "input":
                 assert_same(grad, first.setdefault(name, grad))
+
+
+def check_parts_on_tensor_cores(
+    kernels: Kernels, case: AlignCase, dtype: torch.dtype, taken: bool, deterministic: bool = False
+) -> None:
+    """The backward, by tensor cores where parts are whole steps."""
+    tensors = case.tensors(dtype)
+    grad_output = random_grad(case.convolution, split(tensors))
+    sizes = workspace_sizes(kernels, backward_arguments(case, tensors, grad_output))
+    assert (sizes[3] > 0) == taken
+    check_align_backward(kernels, case, dtype, ("random",), deterministic)
 
 
 def check_align_alone(
@@ -363,4 +390,6 @@ def probe() -> list[Check]:
     ):
         case = ALIGN_TENSOR_CORE_CASES[name]
         checks.append(partial(check_align, case=case, dtype=half, orders=random))
+    for case, taken in ((PARTS_AND_FLOWS, True), (HALF_A_STEP, False)):
+        checks.append(partial(check_parts_on_tensor_cores, case=case, dtype=half, taken=taken))
     return checks

@@ -46,7 +46,14 @@ TENSOR_CORE_CASES = {
         2, 32, 128, (10, 13), (1, 5), padding=(0, 2), offset_groups=1, channels_last=True
     ),
     "18 steps, 64 outputs": Case(
-        2, 64, 64, (9, 8), offset_groups=8, channels_last=True, planar_offset=True
+        2,
+        64,
+        64,
+        (9, 8),
+        offset_groups=8,
+        channels_last=True,
+        planar_offset=True,
+        float_offset=False,
     ),
     "kernel 3x2, stride 2x1, dilation 1x2, 12 steps": Case(
         1, 64, 24, (9, 8), (3, 2), (2, 1), (0, 2), (1, 2), 1, 2, channels_last=True
@@ -207,6 +214,7 @@ def probe() -> list[Check]:
                 ("kernel 3x2, stride 2x1, dilation 1x2, 12 steps", half),
                 ("offset groups of 12 channels, 12 steps, no mask", half),
                 ("offset groups of 12 channels, 12 steps, no mask", single),
+                ("half offsets, float mask, 96 channels in 3", half),
             )
         ),
         partial(check_tf32, case=cases["4 steps, 72 outputs, 129 pixels"]),

@@ -11,11 +11,14 @@ from cuda_on_cpu.deform_align_cases import (
     ALIGN_CASES,
     ALIGN_TENSOR_CORE_CASES,
     GRADS,
+    HALF_A_STEP,
+    PARTS_AND_FLOWS,
     AlignCase,
     check_align,
     check_align_alone,
     check_align_backward,
     check_align_empty,
+    check_parts_on_tensor_cores,
     check_saturated_head,
     check_zero_head,
     options_of,
@@ -85,6 +88,16 @@ def test_accesses(checked: Kernels, case: AlignCase) -> None:
 def test_accesses_on_tensor_cores(checked: Kernels) -> None:
     case = ALIGN_TENSOR_CORE_CASES["96 channels in 3 parts of 4 offset groups, one flow"]
     check_align(checked, case, torch.bfloat16, ("random",))
+    check_parts_on_tensor_cores(checked, case, torch.bfloat16, True)
+    check_parts_on_tensor_cores(checked, PARTS_AND_FLOWS, torch.float16, True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_of_parts_on_tensor_cores(kernels: Kernels, deterministic: bool) -> None:
+    case = ALIGN_TENSOR_CORE_CASES["96 channels in 3 parts of 4 offset groups, one flow"]
+    for taken, each in ((True, case), (True, PARTS_AND_FLOWS), (False, HALF_A_STEP)):
+        check_parts_on_tensor_cores(kernels, each, torch.float16, taken, deterministic)
+        check_parts_on_tensor_cores(kernels, each, torch.bfloat16, taken, deterministic)
 
 
 @pytest.mark.parametrize("wanted", GRADS)
