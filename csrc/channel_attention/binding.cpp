@@ -1,5 +1,5 @@
-// Torch side of channel attention: check, allocate, fill params, launch. The CPU kernels read images
-// without gaps, contiguous or channels_last; others are copied. Those of CUDA read any.
+// Torch side of channel attention: check, allocate, fill params, launch. The CPU kernels read
+// images without gaps, contiguous or channels_last; others are copied. Those of CUDA read any.
 #include <tuple>
 
 #include "channel_attention/params.h"

@@ -23,8 +23,8 @@ namespace mafnet {
 constexpr int kThreads = 256;  // of a block, at most
 constexpr int kLanes = 32;     // 512 bytes of a pixel
 constexpr int kLoads = 4;      // of a thread under way together
-// Steps of a block: two such batches, and as many as it takes to have no more sums than a second kernel
-// adds quickly.
+// Steps of a block: two such batches, and as many as it takes to have no more sums than a second
+// kernel adds quickly.
 constexpr int64_t kLeastSteps = 2 * kLoads, kMostChunks = 1024;
 // Of the second kernel: 32 bytes of neighbouring channels.
 constexpr int kSumLanes = 8, kSumRows = kThreads / kSumLanes;

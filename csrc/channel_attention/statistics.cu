@@ -124,7 +124,8 @@ int64_t channel_statistics_workspace(const ChannelStatisticsParams& p, bool back
     using T = typename decltype(type)::type;
     const Cut cut = cut_of<decltype(last)::value>(p.images, maps_of<T>(p, nullptr));
     const int64_t shares = 2 * p.images.batch * p.images.channels;
-    const int64_t elements = backward ? partial_elements(cut, 1) + shares : partial_elements(cut, 2);
+    const int64_t elements =
+        backward ? partial_elements(cut, 1) + shares : partial_elements(cut, 2);
     return elements * static_cast<int64_t>(sizeof(Accumulator<T>));
   });
 }

@@ -89,13 +89,19 @@ class Channels:
         element = 8 if self.input.dtype == torch.float64 else 4
         return element * batch * channels * (2 * min(1024, -(-height * width // 8)) + 2)
 
-    def run(self, kernels: Kernels, entry: str, order: str, launches: int, **arrays: Tensor) -> None:
+    def run(
+        self, kernels: Kernels, entry: str, order: str, launches: int, **arrays: Tensor
+    ) -> None:
         report = kernels.run(
             entry,
             order=order,
             input=self.place("input", self.input),
             **arrays,
-            **({} if entry == "channel_scale_forward" else {"most_workspace": self.most_workspace()}),
+            **(
+                {}
+                if entry == "channel_scale_forward"
+                else {"most_workspace": self.most_workspace()}
+            ),
         )
         report.raise_if_any()
         assert report.launches == (launches if self.input.numel() else 0)

@@ -15,7 +15,12 @@ ChannelImages images_of(const Array& input) {
   const int64_t height = input.shape[2], width = input.shape[3];
   const int channels = static_cast<int>(input.shape[1]);
   const bool channels_last = channels > 1 && input.stride[1] == 1;
-  return {cuemu::dtype_of(input), channels_last, input.shape[0], height * width, channels, height,
+  return {cuemu::dtype_of(input),
+          channels_last,
+          input.shape[0],
+          height * width,
+          channels,
+          height,
           width};
 }
 
