@@ -121,6 +121,7 @@ def test_two_layers_that_have_no_kernel(kernels: Kernels) -> None:
     ):
         TwoLayers.random((1, inputs, 3, 4), middle, out).check_refused(kernels)
     TwoLayers.random(shape, 8, 8, layout="contiguous").check_refused(kernels)
+    TwoLayers.random((1, 12, 3, 4), 8, 8, layout="padded_pixels").check_refused(kernels)
     replace(TwoLayers.random(shape, 8, 8), misaligned=True).check_refused(kernels)
 
 
