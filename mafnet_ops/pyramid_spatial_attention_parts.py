@@ -110,10 +110,11 @@ _Layer = tuple[Tensor, Tensor | None]  # weight, bias
 def conv_pool_conv(input: Tensor, first: _Layer, second: _Layer, negative_slope: float) -> Tensor:
     """:func:`pool_concat_conv` of :func:`pointwise_conv`, on CUDA in half precision without the map between them."""
     tensors: Any = _low(input, *first, *second)
-    if has_conv_pool_conv(tensors[0], tensors[1], tensors[3]):
+    x, first_weight, first_bias, weight, bias = tensors
+    if has_conv_pool_conv(x, first_weight, weight):
         return _native.call("conv_pool_conv", tensors, (float(negative_slope),))
-    middle = pointwise_conv(*tensors[:3], negative_slope)
-    return pool_concat_conv(middle, *tensors[3:], negative_slope)
+    middle = pointwise_conv(x, first_weight, first_bias, negative_slope)
+    return pool_concat_conv(middle, weight, bias, negative_slope)
 
 
 def resize_conv(
