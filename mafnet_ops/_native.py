@@ -29,7 +29,7 @@ class NativeOp:
     reference: Callable[..., Tensor]
     """As ``forward``, in differentiable PyTorch."""
     tensors: int
-    """How many tensors, at most 4."""
+    """How many tensors, at most 5."""
     per_image: tuple[int, ...]
     """Positions of the tensors whose first dimension counts images; the others are parameters."""
     added: tuple[int, ...] = ()
@@ -44,18 +44,24 @@ def call(name: str, tensors: tuple[Optional, ...], options: Options = ()) -> Ten
     """Run the native op ``name``, differentiably."""
     # Dynamo refuses a Function with a custom jvp and has no use for one.
     function = _Forward if torch.compiler.is_compiling() else _ForwardWithJvp
-    return function.apply(name, options, *tensors, *(None,) * (4 - len(tensors)))
+    return function.apply(name, options, *tensors, *(None,) * (5 - len(tensors)))
 
 
 class _Forward(torch.autograd.Function):
-    """(name, options, four tensors or None) -> output. Dynamo tells a context by the number of arguments."""
+    """(name, options, five tensors or None) -> output. Dynamo tells a context by the number of arguments."""
 
     @staticmethod
     def forward(
-        name: str, options: Options, a: Optional, b: Optional, c: Optional, d: Optional
+        name: str,
+        options: Options,
+        a: Optional,
+        b: Optional,
+        c: Optional,
+        d: Optional,
+        e: Optional,
     ) -> Tensor:
         op = OPS[name]
-        return op.forward(*(a, b, c, d)[: op.tensors], *options)
+        return op.forward(*(a, b, c, d, e)[: op.tensors], *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -108,7 +114,7 @@ def _run_backward(
     op = OPS[name]
     used = op.tensors
     grads = op.backward(grad, tensors[:used], output, options, needs[:used])
-    return (*grads, *(grad.new_empty(0) for _ in range(4 - used)))
+    return (*grads, *(grad.new_empty(0) for _ in range(5 - used)))
 
 
 class _Backward(torch.autograd.Function):

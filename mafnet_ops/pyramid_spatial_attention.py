@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ._checks import require, require_convolution, require_pixels, require_tensor
 from .pyramid_spatial_attention_parts import (
+    conv_pool_conv,
     pointwise_conv,
     pool_concat_conv,
     require_slope,
@@ -66,11 +67,8 @@ def pyramid_spatial_attention(
     require_slope(_OP, negative_slope)
     layers = dict(zip(LAYERS, zip(weights, biases, strict=True), strict=True))
 
-    def pointwise(name: str, x: Tensor) -> Tensor:
-        return pointwise_conv(x, *layers[name], negative_slope)
-
-    feature_1 = pool_concat_conv(pointwise("reduce", input), *layers["pool_1"], negative_slope)
-    level_2 = pointwise("level_2", feature_1)
+    feature_1 = conv_pool_conv(input, layers["reduce"], layers["pool_1"], negative_slope)
+    level_2 = pointwise_conv(feature_1, *layers["level_2"], negative_slope)
     level_2 = pool_concat_conv(level_2, *layers["pool_2"], negative_slope)
     level_2 = resize_conv(level_2, *layers["conv_2"], level_2.shape[2:], negative_slope)
     merged = resize_add_conv(level_2, feature_1, *layers["add"], negative_slope)

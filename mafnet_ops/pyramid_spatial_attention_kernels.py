@@ -29,6 +29,8 @@ _SCHEMAS = (
     "resize_add_backward(Tensor grad_output, SymInt height, SymInt width) -> Tensor",
     "resize_add_conv_forward(Tensor input, Tensor other, Tensor weight, Tensor? bias, "
     "float negative_slope) -> Tensor",
+    "conv_pool_conv_forward(Tensor input, Tensor first_weight, Tensor? first_bias, Tensor weight, "
+    "Tensor? bias, float negative_slope) -> Tensor",
     f"spatial_gate_forward({_GATE}, float scale, float negative_slope, bool from_feature) -> Tensor",
     f"spatial_gate_backward(Tensor grad_output, {_GATE}, float scale, float negative_slope, "
     "bool from_feature, bool need_input, bool need_mask, bool need_weight, bool need_bias) "
@@ -50,7 +52,14 @@ def is_native(input: Tensor) -> bool:
 def saves_launches(input: Tensor) -> bool:
     """Whether two steps are one op where they can be: on CUDA, where a launch and a map in memory cost more than what
     backward makes again. The CPU keeps the map."""
-    return input.is_cuda
+    return input.is_cuda and is_native(input)
+
+
+def has_conv_pool_conv(input: Tensor, first_weight: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel that also saves the first map, see csrc/pyramid_spatial_attention/conv_pool_conv.cu."""
+    sizes = input.shape[1], first_weight.shape[0], weight.shape[0]
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return saves_launches(input) and half and all(n <= 64 and n % 8 == 0 for n in sizes)
 
 
 def _fake(name: str) -> Any:
@@ -142,6 +151,21 @@ def _(
     return empty_like_input(other, (other.shape[0], weight.shape[0], *other.shape[2:]))
 
 
+@_fake("conv_pool_conv_forward")
+def _(
+    input: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    negative_slope: float,
+) -> Tensor:
+    shape = (input.shape[0], weight.shape[0], *_pooled_size(input))
+    last = first_weight.shape[0] > 1
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+
+
 @_fake("resize_add_backward")
 def _(grad_output: Tensor, height: int, width: int) -> Tensor:
     return empty_like_input(grad_output, (*grad_output.shape[:2], height, width))
@@ -204,6 +228,16 @@ def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.mafnet_ops.resize_add_conv_forward)
 def _(input_shape: Any, other_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * weight_shape[0] * weight_shape[1] * other_shape[0] * other_shape[2] * other_shape[3]
+
+
+@register_flop_formula(torch.ops.mafnet_ops.conv_pool_conv_forward)
+def _(
+    input_shape: Any, first_shape: Any, bias: Any, weight_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    batch, _, height, width = input_shape
+    pooled = ((height + 1) // 2) * ((width + 1) // 2)
+    first, second = (shape[0] * shape[1] for shape in (first_shape, weight_shape))
+    return 2 * batch * (first * height * width + second * pooled)
 
 
 @register_flop_formula(torch.ops.mafnet_ops.spatial_gate_forward)
@@ -274,6 +308,23 @@ def _resize_add_conv_backward(
     return grad_input, grad_total, *rest
 
 
+def _conv_pool_conv_backward(
+    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+) -> _Grads:
+    """The map between, which forward does not keep, is made again."""
+    input, first_weight, first_bias, weight, _ = tensors
+    middle = torch.ops.mafnet_ops.pointwise_conv_forward(
+        input, first_weight, first_bias, *options, True
+    )
+    grad_middle, *rest = torch.ops.mafnet_ops.pool_concat_conv_backward(
+        grad, middle, weight, output, *options, True, *needs[3:]
+    )
+    first = torch.ops.mafnet_ops.pointwise_conv_backward(
+        grad_middle, input, first_weight, middle, *options, *needs[:3]
+    )
+    return *first, *rest
+
+
 def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.spatial_gate_backward(grad, *tensors, *options, *needs)
 
@@ -300,10 +351,23 @@ def _resize_add_conv_reference(
     )
 
 
+def _conv_pool_conv_reference(
+    input: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    negative_slope: float,
+) -> Tensor:
+    middle = reference.pointwise_conv(input, first_weight, first_bias, negative_slope)
+    return reference.pool_concat_conv(middle, weight, bias, negative_slope)
+
+
 _PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...], tuple[int, ...]], ...] = (
     ("pool_concat", _pool_backward, reference.pool_concat, 1, (0,), ()),
     ("resize_add", _resize_backward, reference.resize_add, 2, (0, 1), (1,)),
     ("resize_add_conv", _resize_add_conv_backward, _resize_add_conv_reference, 4, (0, 1), ()),
+    ("conv_pool_conv", _conv_pool_conv_backward, _conv_pool_conv_reference, 5, (0,), ()),
     ("spatial_gate", _gate_backward, _gate_reference, 4, (0, 1), ()),
     ("pointwise_conv", _convolution_backward("pointwise_conv"), _pointwise_reference, 3, (0,), ()),
     ("pool_concat_conv", _pool_concat_conv_backward, reference.pool_concat_conv, 3, (0,), ()),

@@ -19,7 +19,7 @@ from ._checks import (
     require_shape,
     require_tensor,
 )
-from .pyramid_spatial_attention_kernels import is_native, saves_launches
+from .pyramid_spatial_attention_kernels import has_conv_pool_conv, is_native, saves_launches
 
 
 def require_slope(op: str, negative_slope: float) -> None:
@@ -102,6 +102,19 @@ def pointwise_conv(
         return reference.pointwise_conv(input, weight, bias, negative_slope)
     options = float(negative_slope), input.shape[1] > 1
     return _native.call("pointwise_conv", _low(input, weight, bias), options)
+
+
+_Layer = tuple[Tensor, Tensor | None]  # weight, bias
+
+
+def conv_pool_conv(input: Tensor, first: _Layer, second: _Layer, negative_slope: float) -> Tensor:
+    """:func:`pool_concat_conv` of :func:`pointwise_conv`, on CUDA in half precision without the map between them."""
+    tensors: Any = _low(input, *first, *second)
+    x, first_weight, first_bias, weight, bias = tensors
+    if has_conv_pool_conv(x, first_weight, weight):
+        return _native.call("conv_pool_conv", tensors, (float(negative_slope),))
+    middle = pointwise_conv(x, first_weight, first_bias, negative_slope)
+    return pool_concat_conv(middle, weight, bias, negative_slope)
 
 
 def resize_conv(

@@ -7,13 +7,15 @@
 
 namespace mafnet {
 
-// Images without gaps: (batch, pixels, channels) where channels_last, else (batch, channels,
-// pixels). Values per channel are (batch, channels), without gaps, too. All in one dtype.
+// On the CPU images without gaps: (batch, pixels, channels) where channels_last, else (batch,
+// channels, pixels). On CUDA, where channels_last only says which way is fast, of any strides: in
+// elements, N C H W. Values per channel are (batch, channels), without gaps. All in one dtype.
 struct ChannelImages {
   Dtype dtype;
   bool channels_last;
   int64_t batch, pixels;  // pixels is at least 1
   int channels;
+  int64_t height, width;
 };
 
 // Row n of statistics (batch, 2, channels) holds the means of image n, then its maxima.
@@ -24,6 +26,9 @@ struct ChannelStatisticsParams {
 
   const void* grad_statistics;  // backward only, as below
   void* grad_input;
+
+  int64_t input_stride[4], grad_input_stride[4];  // CUDA only, as below
+  void* workspace;                                // channel_statistics_workspace bytes
 };
 
 // Of output = input * gate: grad_input = grad_output * gate, grad_gate = the sums of grad_output *
@@ -32,11 +37,21 @@ struct ChannelScaleParams {
   ChannelImages images;
   const void *grad_output, *input, *gate;
   void *grad_input, *grad_gate;  // null where not wanted
+
+  void* output;  // CUDA only, as below
+  int64_t input_stride[4], grad_output_stride[4], grad_input_stride[4], output_stride[4];
+  void* workspace;  // channel_scale_workspace bytes
 };
+
+// The bytes that a call on CUDA needs.
+int64_t channel_statistics_workspace(const ChannelStatisticsParams& params, bool backward);
+int64_t channel_scale_workspace(const ChannelScaleParams& params);
 
 // Each returns 0 or a CUDA error; stream is a cudaStream_t, unused on the CPU.
 int launch_channel_statistics_forward(const ChannelStatisticsParams& params, void* stream);
 int launch_channel_statistics_backward(const ChannelStatisticsParams& params, void* stream);
+// On CUDA only; elsewhere it is a product of PyTorch's.
+int launch_channel_scale_forward(const ChannelScaleParams& params, void* stream);
 int launch_channel_scale_backward(const ChannelScaleParams& params, void* stream);
 
 }  // namespace mafnet

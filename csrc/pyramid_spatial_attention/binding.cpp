@@ -206,6 +206,53 @@ Three pool_concat_conv_backward(const Tensor& grad_output, const Tensor& input,
                        {need_input, need_weight, need_bias}, &launch_pool_concat_conv_backward);
 }
 
+// pool_concat_conv of pointwise_conv: one launch where there is a kernel for that, else two.
+Tensor conv_pool_conv_forward(const Tensor& input, const Tensor& first_weight,
+                              const std::optional<Tensor>& first_bias, const Tensor& weight,
+                              const std::optional<Tensor>& bias, double slope) {
+  constexpr const char* kOp = "conv_pool_conv";
+  check_dims(kOp, "input", input, 4);
+  if constexpr (kIsCuda) {
+    const ConvCall first = make_call(kOp, ConvForm::kPointwise, input, &first_weight, first_bias,
+                                     input.size(2), input.size(3), slope);
+    ConvPoolConvParams p{};
+    const PyramidConvParams& f = first.params;
+    p.dtype = f.dtype;
+    p.batch = f.batch;
+    p.channels = f.channels;
+    p.height = f.height;
+    p.width = f.width;
+    p.map_channels = f.out_channels;
+    p.out_height = (p.height + 1) / 2;
+    p.out_width = (p.width + 1) / 2;
+    p.negative_slope = slope;
+    p.input = f.input;
+    p.first_weight = f.weight;
+    p.first_bias = f.bias;
+    check_like(kOp, "weight", weight, input);
+    check_shape(kOp, "weight", weight, {weight.size(0), 2 * int64_t{p.map_channels}, 1, 1});
+    p.out_channels = extent_of(kOp, "weight", weight, 0);
+    const Tensor second = torch::stable::contiguous(weight);
+    p.weight = second.const_data_ptr();
+    Tensor second_bias;
+    if (bias.has_value()) {
+      check_bias(kOp, *bias, weight);
+      second_bias = torch::stable::contiguous(*bias);
+      p.bias = second_bias.const_data_ptr();
+    }
+    DeviceScope scope(input);
+    Tensor output = empty_on(input, {p.batch, p.out_channels, p.out_height, p.out_width},
+                             input.scalar_type(), MemoryFormat::ChannelsLast);
+    p.output = target_of(kOp, output);
+    if (has_conv_pool_conv(p)) {
+      check_launch(kOp, launch_conv_pool_conv_forward(p, scope.stream()));
+      return output;
+    }
+  }
+  const Tensor map = pointwise_conv_forward(input, first_weight, first_bias, slope, true);
+  return pool_concat_conv_forward(map, weight, bias, slope);
+}
+
 // --------------------------------------------------------------------------------- resize_add
 
 ResizeAddParams make_resize(const Tensor& input, int64_t height, int64_t width) {
@@ -286,6 +333,7 @@ MAFNET_LIBRARY_IMPL(module) {
   module.impl("pool_concat_backward", TORCH_BOX(&pool_concat_backward));
   module.impl("pool_concat_conv_forward", TORCH_BOX(&pool_concat_conv_forward));
   module.impl("pool_concat_conv_backward", TORCH_BOX(&pool_concat_conv_backward));
+  module.impl("conv_pool_conv_forward", TORCH_BOX(&conv_pool_conv_forward));
   module.impl("resize_conv_forward", TORCH_BOX(&resize_conv_forward));
   module.impl("resize_conv_backward", TORCH_BOX(&resize_conv_backward));
   module.impl("resize_add_forward", TORCH_BOX(&resize_add_forward));

@@ -43,6 +43,20 @@ struct PyramidConvParams {
   void* workspace;  // CUDA: pyramid_conv_workspace bytes
 };
 
+// map = leaky_relu(W1 input + bias1), output = leaky_relu(W2 pool_concat(map) + bias2); forward
+// only.
+struct ConvPoolConvParams {
+  Dtype dtype;  // of every tensor
+  int64_t batch;
+  int channels, height, width;  // of input
+  int map_channels, out_channels, out_height, out_width;
+  double negative_slope;
+  Source input;
+  const void *first_weight, *weight;  // contiguous, 1 x 1
+  const void *first_bias, *bias;      // may be null
+  Target output;
+};
+
 // output = resize(input) + other; backward: grad_input = the transpose of resize on grad_output.
 struct ResizeAddParams {
   Dtype dtype;
@@ -88,6 +102,9 @@ int launch_resize_conv_backward(const PyramidConvParams& params, void* stream);
 // On CUDA only; the CPU takes the two steps.
 int launch_pool_concat_conv_3x3_forward(const PyramidConvParams& params, void* stream);
 int launch_resize_add_conv_forward(const PyramidConvParams& params, void* stream);
+// Half precision, of few channels and in layouts that tensor cores take.
+bool has_conv_pool_conv(const ConvPoolConvParams& params);
+int launch_conv_pool_conv_forward(const ConvPoolConvParams& params, void* stream);
 int launch_resize_add_forward(const ResizeAddParams& params, void* stream);
 int launch_resize_add_backward(const ResizeAddParams& params, void* stream);
 int launch_spatial_gate_forward(const SpatialGateParams& params, void* stream);

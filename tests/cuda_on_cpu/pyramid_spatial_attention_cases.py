@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cuda_on_cpu.emulator import Kernels
+from cuda_on_cpu.emulator import Kernels, Report
 from cuda_on_cpu.flow_warp_cases import laid_out, misaligned
 from tolerances import assert_as_accurate, assert_same
 from torch import Tensor
@@ -227,6 +227,68 @@ class Part:
                 roundings = 2 if torch.finfo(self.images[-1].dtype).bits == 16 else 1
                 what = f"{self.op} {name}"
                 assert_as_accurate(actual, as_written, truth, what, self.terms(name), roundings)
+
+
+@dataclass(frozen=True)
+class TwoLayers:
+    """Arguments of conv_pool_conv, whose bits are those of its two steps."""
+
+    input: Tensor
+    first: tuple[Tensor, Tensor | None]  # weight and bias
+    second: tuple[Tensor, Tensor | None]
+    misaligned: bool = False  # the output
+
+    @staticmethod
+    def random(
+        shape: tuple[int, int, int, int],
+        middle: int,
+        out: int,
+        dtype: torch.dtype = torch.float16,
+        layout: str = "channels_last",
+    ) -> TwoLayers:
+        first = Part.random("pointwise_conv", shape, middle, dtype=dtype, layout=layout)
+        pooled = (shape[0], middle, *shape[2:])
+        second = Part.random("pool_concat_conv", pooled, out, dtype=dtype)
+        layers: Any = first.parameters, second.parameters
+        return TwoLayers(first.images[0], *layers)
+
+    def steps(self, kernels: Kernels) -> Tensor:
+        n, _, height, width = self.input.shape
+        (weight, _), (second, _) = self.first, self.second
+        size = (height + 1) // 2, (width + 1) // 2
+        shapes = (n, len(weight), height, width), (n, len(second), *size)
+        dtype = self.input.dtype
+        placed = [laid_out(torch.zeros(s, dtype=dtype), "channels_last") for s in shapes]
+        first = Part("pointwise_conv", (self.input,), self.first, placed[0], (height, width))
+        middle = first.forward(kernels)
+        part = Part("pool_concat_conv", (middle,), self.second, placed[1], size)
+        return part.forward(kernels)
+
+    def run(self, kernels: Kernels, output: Tensor, order: str = "forward") -> Report:
+        names = "first_weight", "first_bias", "weight", "bias"
+        arrays: dict[str, Any] = dict(zip(names, (*self.first, *self.second)))
+        return kernels.run(
+            "conv_pool_conv_forward",
+            order=order,
+            input=self.input,
+            output=misaligned(output) if self.misaligned else output,
+            negative_slope=0.1,
+            **arrays,
+        )
+
+    def check(self, kernels: Kernels, orders: tuple[str, ...] = ("random",)) -> None:
+        expected = self.steps(kernels)
+        for order in orders:
+            output = torch.zeros_like(expected)
+            report = self.run(kernels, output, order)
+            report.raise_if_any()
+            assert report.launches == (1 if output.numel() else 0)
+            assert_same(output, expected)
+
+    def check_refused(self, kernels: Kernels) -> None:
+        """No kernel for it: the caller takes two steps."""
+        report = self.run(kernels, self.steps(kernels))
+        assert report.status == -1 and report.launches == 0
 
 
 def wide_gate(part: Part) -> Part:

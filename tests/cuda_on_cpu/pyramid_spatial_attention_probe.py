@@ -14,6 +14,7 @@ from cuda_on_cpu.pyramid_spatial_attention_cases import (
     PARTS,
     RESIZED,
     Part,
+    TwoLayers,
     wide_gate,
 )
 from tolerances import assert_same
@@ -40,6 +41,10 @@ IDLE = {
         "units > kMostUnits || tile == blockIdx.x",
     ): "saves reading the same weights again",
     ("tensor_core.cuh", "has_bfloat16_tensor_cores()"): "the emulator has them",
+    (
+        "tensor_core_pool.cuh",
+        "second.pixels == 0",
+    ): "an empty image lies anywhere here, so that it is refused before",
     ("weight_gradient.cuh", "p.wanted()"): "more workspace than is used",
     ("weight_gradient.cuh", "p.outputs == 0"): "nothing is launched for no outputs",
 }
@@ -84,7 +89,13 @@ def check_weightless_gradients(kernels: Kernels) -> None:
 
 
 def probe() -> list[Check]:
-    return [*probe_parts(), *probe_layouts(), *probe_sizes(), *probe_choices()]
+    return [
+        *probe_parts(),
+        *probe_layouts(),
+        *probe_sizes(),
+        *probe_choices(),
+        *probe_two_layers(),
+    ]
 
 
 def probe_parts() -> list[Check]:
@@ -168,3 +179,30 @@ def probe_choices() -> list[Check]:
     nan = Part.random("pool_concat", (1, 4, 3, 4))
     nan.images[0][:, :, 1, 1] = torch.nan
     return [*checks, nan.check]
+
+
+def check_failing_launch_of_two_layers(kernels: Kernels) -> None:
+    layers = TwoLayers.random((1, 8, 3, 4), 8, 8)
+    output = layers.steps(kernels)
+    kernels.check_failing_launches(lambda: layers.run(kernels, output))
+
+
+def probe_two_layers() -> list[Check]:
+    """Patches that are not full, two steps of channels; what has no kernel."""
+    few = TwoLayers.random((1, 8, 3, 4), 8, 8)
+    wrong = [(12, 8, 8), (8, 12, 8), (8, 8, 12), (72, 8, 8), (8, 72, 8), (8, 8, 72)]
+    refused = [
+        *(TwoLayers.random((1, i, 3, 4), middle, out) for i, middle, out in wrong),
+        TwoLayers.random((1, 8, 3, 4), 8, 8, torch.float32),
+        TwoLayers.random((1, 8, 3, 4), 8, 8, layout="contiguous"),
+        TwoLayers.random((1, 12, 3, 4), 8, 8, layout="padded_pixels"),
+        replace(few, misaligned=True),
+    ]
+    shapes = [(2, 8, 17, 3), (1, 40, 3, 33)]
+    return [
+        few.check,
+        replace(few, first=(few.first[0], None)).check,
+        *(TwoLayers.random(shape, 40, 40).check for shape in shapes),
+        *(layers.check_refused for layers in refused),
+        check_failing_launch_of_two_layers,
+    ]

@@ -284,6 +284,10 @@ CONTRACTS = (
                 *(tensors[0][:, :, :2, :3], tensors[0], tensors[6], tensors[14]),
                 0.1,
             ),
+            "conv_pool_conv_forward": lambda tensors: (
+                *(tensors[0], tensors[1], tensors[9], tensors[2], tensors[10]),
+                0.1,
+            ),
             **_pyramid_convolution("pointwise_conv", 0, (True,)),
             **_pyramid_convolution("pool_concat_conv", 1),
             **_pyramid_convolution("resize_conv", 6),

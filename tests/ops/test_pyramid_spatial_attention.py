@@ -46,6 +46,7 @@ from mafnet_ops import (
 from mafnet_ops.pyramid_spatial_attention import LAYERS
 
 parts = importlib.import_module("mafnet_ops.pyramid_spatial_attention_parts")
+raw_ops = importlib.import_module("mafnet_ops.pyramid_spatial_attention_kernels")
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 DOUBLE = torch.float64
 EVERY_SIZE = [(h, w) for h in range(1, 10) for w in range(1, 10)]
@@ -459,9 +460,7 @@ def test_compile_fullgraph_with_gradients(name: str) -> None:
 # ------------------------------------------------------------------------------ the compiled kernels
 
 
-NATIVE = (
-    "cpu" in importlib.import_module("mafnet_ops.pyramid_spatial_attention_kernels")._NATIVE_DEVICES
-)
+NATIVE = "cpu" in raw_ops._NATIVE_DEVICES
 native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")
 
 
@@ -487,6 +486,7 @@ def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, in
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is run on CUDA, by the kernels of the CPU."""
     monkeypatch.setattr(parts, "saves_launches", lambda input: True)
+    monkeypatch.setattr(parts, "has_conv_pool_conv", lambda *tensors: True)
 
 
 class Launches(TorchDispatchMode):
@@ -509,8 +509,7 @@ def test_launches_of_a_forward(on_cuda: None) -> None:
     with Launches() as launches:
         pyramid_spatial_attention(uniform(1, 4, 9, 10), weights, biases)
     assert launches.ops == [
-        "pointwise_conv_forward",
-        "pool_concat_conv_forward",
+        "conv_pool_conv_forward",
         "pointwise_conv_forward",
         "pool_concat_conv_forward",
         "resize_conv_forward",
@@ -518,6 +517,22 @@ def test_launches_of_a_forward(on_cuda: None) -> None:
         "resize_conv_forward",
         "spatial_gate_forward",
     ]
+
+
+@native
+def test_what_has_a_kernel_for_the_first_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 and bf16, up to 64 channels of each, in groups of 8."""
+    monkeypatch.setattr(raw_ops, "saves_launches", lambda input: True)
+
+    def has(dtype: torch.dtype, inputs: int, middle: int, out: int) -> bool:
+        shapes = (1, inputs, 2, 2), (middle, inputs, 1, 1), (out, 2 * middle, 1, 1)
+        return raw_ops.has_conv_pool_conv(*(torch.zeros(s, dtype=dtype) for s in shapes))
+
+    assert has(torch.float16, 64, 8, 24) and has(torch.bfloat16, 8, 64, 64)
+    assert not has(torch.float32, 64, 64, 64)
+    for other in (4, 72):
+        for sizes in ((other, 64, 64), (64, other, 64), (64, 64, other)):
+            assert not has(torch.float16, *sizes)
 
 
 @native
@@ -549,7 +564,21 @@ def pool_in_one(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return parts.pool_concat_conv(input, weight, bias, 0.3)
 
 
+def map_in_steps(input: Tensor, *layers: Tensor) -> Tensor:
+    middle = parts.pointwise_conv(input, *layers[:2], 0.3)
+    return parts.pool_concat_conv(middle, *layers[2:], 0.3)
+
+
+def map_in_one(input: Tensor, *layers: Tensor) -> Tensor:
+    return parts.conv_pool_conv(input, layers[:2], layers[2:], 0.3)
+
+
 IN_ONE = {
+    "conv_pool_conv": (
+        map_in_one,
+        map_in_steps,
+        ((2, 3, 7, 9), (5, 3, 1, 1), (5,), (4, 10, 1, 1), (4,)),
+    ),
     "resize_add_conv": (sum_in_one, sum_in_steps, ((2, 3, 4, 5), (2, 3, 7, 9), (4, 3, 1, 1), (4,))),
     "pool_concat_conv": (pool_in_one, pool_in_steps, ((2, 3, 7, 9), (4, 6, 3, 3), (4,))),
 }

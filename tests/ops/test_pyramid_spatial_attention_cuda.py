@@ -19,6 +19,7 @@ from cuda_on_cpu.pyramid_spatial_attention_cases import (
     PARTS,
     RESIZED,
     Part,
+    TwoLayers,
     wide_gate,
 )
 from tolerances import assert_same
@@ -85,6 +86,43 @@ def test_patches_without_tensor_cores(kernels: Kernels, layout: str) -> None:
     for shape, out in (((1, 4, 16, 16), 8), ((2, 20, 17, 17), 72)):
         part = Part.random("pool_concat_conv_3x3", shape, out, layout=layout)
         part.check(kernels, ORDERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_layers_in_one_launch(kernels: Kernels, dtype: torch.dtype) -> None:
+    """The bits of two launches: a row, a patch of 8 x 16 pooled pixels, one more row and column of two images."""
+    for shape, middle, out in (
+        ((1, 8, 1, 3), 8, 8),
+        ((1, 64, 16, 32), 64, 64),
+        ((2, 40, 17, 33), 24, 56),
+    ):
+        TwoLayers.random(shape, middle, out, dtype).check(kernels, ORDERS)
+
+
+def test_two_layers_with_nan_and_without_bias(kernels: Kernels) -> None:
+    layers = TwoLayers.random((1, 16, 5, 7), 16, 16, layout="padded_pixels")
+    layers.input[0, :, 2, 3], layers.input[0, :, 4, 6] = math.nan, math.inf
+    (first, _), (second, _) = layers.first, layers.second
+    replace(layers, first=(first, None), second=(second, None)).check(kernels)
+
+
+def test_two_layers_that_have_no_kernel(kernels: Kernels) -> None:
+    """Other dtypes, numbers of channels and layouts."""
+    shape = (1, 8, 3, 4)
+    for dtype in (torch.float64, torch.float32):
+        TwoLayers.random(shape, 8, 8, dtype).check_refused(kernels)
+    for inputs, middle, out in (
+        (12, 8, 8),
+        (8, 12, 8),
+        (8, 8, 12),
+        (72, 8, 8),
+        (8, 72, 8),
+        (8, 8, 72),
+    ):
+        TwoLayers.random((1, inputs, 3, 4), middle, out).check_refused(kernels)
+    TwoLayers.random(shape, 8, 8, layout="contiguous").check_refused(kernels)
+    TwoLayers.random((1, 12, 3, 4), 8, 8, layout="padded_pixels").check_refused(kernels)
+    replace(TwoLayers.random(shape, 8, 8), misaligned=True).check_refused(kernels)
 
 
 def test_more_weights_than_fit(kernels: Kernels) -> None:

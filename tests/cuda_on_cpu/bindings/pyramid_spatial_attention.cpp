@@ -135,6 +135,30 @@ CUEMU_ENTRY(resize_add_conv_forward) {
   return mafnet::launch_resize_add_conv_forward(p, nullptr);
 }
 
+CUEMU_ENTRY(conv_pool_conv_forward) {
+  const Array input = arguments.in("input"), output = arguments.out("output");
+  mafnet::ConvPoolConvParams p{};
+  p.input = image_of<mafnet::Source>(input);
+  p.output = image_of<mafnet::Target>(output);
+  p.dtype = p.input.dtype;
+  p.batch = input.shape[0];
+  p.channels = static_cast<int>(input.shape[1]);
+  p.height = static_cast<int>(input.shape[2]);
+  p.width = static_cast<int>(input.shape[3]);
+  p.out_channels = static_cast<int>(output.shape[1]);
+  p.out_height = static_cast<int>(output.shape[2]);
+  p.out_width = static_cast<int>(output.shape[3]);
+  const Array first_weight = arguments.in("first_weight");
+  p.map_channels = static_cast<int>(first_weight.shape[0]);
+  p.first_weight = first_weight.data;
+  p.first_bias = optional_in(arguments, "first_bias");
+  p.weight = arguments.in("weight").data;
+  p.bias = optional_in(arguments, "bias");
+  p.negative_slope = arguments.number("negative_slope");
+  // The binding of torch takes two steps then.
+  return mafnet::has_conv_pool_conv(p) ? mafnet::launch_conv_pool_conv_forward(p, nullptr) : -1;
+}
+
 CUEMU_ENTRY(pool_concat_backward) {
   PyramidConvParams p = conv_params(arguments);
   p.grad_output = source(arguments, "grad_output");
