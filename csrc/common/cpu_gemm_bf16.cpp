@@ -1,7 +1,10 @@
-// Matrix products in bfloat16 by tile registers: 16 times the products per clock of float vectors.
+// Matrix products in bfloat16, by tile registers (16 times the products per clock of float vectors)
+// or by vectors (twice).
 //
 // A lies in tiles [rows / 16][depth / 32], B in tiles [depth / 32][columns / 16], of which a row is
-// two rows of the matrix side by side. Four tiles of sums share two of A and two of B.
+// two rows of the matrix side by side. Of registers, four tiles of sums share two of A and two of
+// B; a vector is a row of a tile of B, and 16 of sums share broadcast pairs of A.
+#include <algorithm>
 #include <cstring>
 
 #include "common/gemm_bf16.h"
@@ -9,9 +12,6 @@
 #include "common/tiles.h"
 
 #if defined(MAFNET_HAS_TILES)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own headers
 #endif
 
@@ -25,32 +25,82 @@ int depth_tiles(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 
 }  // namespace
 
-int64_t tile_elements(int lines, int depth) {
+int64_t bf16_elements(int lines, int depth) {
   const int64_t tiles = (lines + kTileRows - 1) / kTileRows;
   return tiles * kTileRows * kTileDepth * depth_tiles(depth);
 }
 
-#if defined(MAFNET_HAS_TILES)
+#if defined(MAFNET_HAS_BF16)
 
 namespace {
 
-bool detect_bf16_tiles() {
-  if (detect_simd_level() != SimdLevel::kAvx512) return false;
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  const bool tiles = (edx >> 22 & 1) != 0 && (edx >> 24 & 1) != 0;  // AMX-BF16, AMX-TILE
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
-  const bool rounding = (eax >> 5 & 1) != 0;  // AVX512-BF16
-  // Linux gives a process the tile registers when it asks for them.
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return tiles && rounding && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 constexpr int kTile = kTileRows * kTileDepth;
 
-MAFNET_TARGET_TILES MAFNET_INLINE __m512 load_some(const float* from, int count) {
+MAFNET_TARGET_BF16 MAFNET_INLINE __m512 load_some(const float* from, int count) {
   return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1, from);
 }
+
+// kRows rows, which divide those of a tile, and kVectors tiles of columns.
+template <int kRows, int kVectors>
+MAFNET_TARGET_BF16 void multiply_vectors(const uint16_t* a, const uint16_t* b, int64_t b_step,
+                                         int depth, float* c, int64_t c_row) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(c + r * c_row + v * 16);
+  }
+  for (; depth > 0; depth -= kTileDepth, a += kTile, b += b_step) {
+    for (int k = 0; k < std::min(depth, kTileDepth); k += 2) {
+      __m512bh right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        right[v] = (__m512bh)_mm512_loadu_si512(b + v * kTile + k / 2 * kTileDepth);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        int pair;
+        std::memcpy(&pair, a + r * kTileDepth + k, sizeof(pair));
+        const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * c_row + v * 16, sums[r][v]);
+  }
+}
+
+template <int kRows, int kVectors>
+void multiply_panel(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_step, int rows,
+                    int depth, float* c, int64_t c_row) {
+  for (int m = 0; m < rows; m += kRows) {
+    const uint16_t* from = a + m / kTileRows * a_next + m % kTileRows * kTileDepth;
+    multiply_vectors<kRows, kVectors>(from, b, b_step, depth, c + m * c_row, c_row);
+  }
+}
+
+void multiply_by_vectors(const uint16_t* a, const uint16_t* b, int rows, int depth, int columns,
+                         float* c, int64_t c_row) {
+  const int64_t a_next = int64_t{depth_tiles(depth)} * kTile;
+  const int64_t b_step = int64_t{columns} * kTileDepth;
+  for (int n = 0, vectors = 0; n < columns; n += vectors * 16) {
+    const int left = (columns - n) / 16;
+    vectors = left >= 4 ? 4 : left;
+    const auto multiply = vectors == 4   ? multiply_panel<4, 4>
+                          : vectors == 3 ? multiply_panel<8, 3>
+                          : vectors == 2 ? multiply_panel<8, 2>
+                                         : multiply_panel<16, 1>;
+    multiply(a, a_next, b + n * kTileDepth, b_step, rows, depth, c + n, c_row);
+  }
+}
+
+#if defined(MAFNET_HAS_TILES)
 
 // Two or one tiles of rows and of columns: sums are tiles 0 .. 3, A is 4 and 5, B is 6 and 7.
 template <int kRows, int kColumns>
@@ -82,49 +132,8 @@ MAFNET_TARGET_TILES void multiply_block(const uint16_t* a, int64_t a_next, const
   if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, lower + 16, c_bytes);
 }
 
-}  // namespace
-
-bool has_bf16_tiles() {
-  static const bool has = detect_bf16_tiles();
-  return has;
-}
-
-MAFNET_TARGET_TILES void tile_rows(const float* a, int64_t a_row, int rows, int depth,
-                                   uint16_t* tiles) {
-  const int64_t next = int64_t{depth_tiles(depth)} * kTile;
-  for (int r = 0; r < rows; ++r) {
-    const float* from = a + r * a_row;
-    uint16_t* to = tiles + r / kTileRows * next + r % kTileRows * kTileDepth;
-    for (int k = 0; k < depth; k += kTileDepth, to += kTile) {
-      const __m512 low = load_some(from + k, depth - k);
-      const __m512 high = load_some(from + k + 16, depth - k - 16);
-      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-      std::memcpy(to, &rounded, sizeof(rounded));
-    }
-  }
-}
-
-MAFNET_TARGET_TILES void tile_columns(const float* b, int64_t b_row, int depth, int columns,
-                                      uint16_t* tiles) {
-  const int64_t step = int64_t{columns} * kTileDepth;
-  for (int k = 0; k < depth_tiles(depth) * kTileDepth; k += 2) {
-    uint16_t* to = tiles + k / kTileDepth * step + k % kTileDepth / 2 * kTileDepth;
-    for (int n = 0; n < columns; n += kTileRows, to += kTile) {
-      const float* from = b + k * b_row + n;
-      const __m512 upper = load_some(from, k < depth ? 16 : 0);
-      const __m512 lower = load_some(from + b_row, k + 1 < depth ? 16 : 0);
-      const __m512bh rounded = _mm512_cvtne2ps_pbh(lower, upper);
-      __m512i rows;  // one after the other, to be interleaved
-      std::memcpy(&rows, &rounded, sizeof(rows));
-      const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rows));
-      const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rows, 1));
-      _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-    }
-  }
-}
-
-MAFNET_TARGET_TILES void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth,
-                                       int columns, float* c, int64_t c_row) {
+MAFNET_TARGET_TILES void multiply_by_tiles(const uint16_t* a, const uint16_t* b, int rows,
+                                           int depth, int columns, float* c, int64_t c_row) {
   open_tiles();
   const int deep = depth_tiles(depth);
   const int64_t a_next = int64_t{deep} * kTile, b_step = int64_t{columns} * kTileDepth;
@@ -140,11 +149,57 @@ MAFNET_TARGET_TILES void multiply_bf16(const uint16_t* a, const uint16_t* b, int
   close_tiles();
 }
 
+#endif
+
+}  // namespace
+
+MAFNET_TARGET_BF16 void pack_bf16_rows(const float* a, int64_t a_row, int rows, int depth,
+                                       uint16_t* packed) {
+  const int64_t next = int64_t{depth_tiles(depth)} * kTile;
+  for (int r = 0; r < rows; ++r) {
+    const float* from = a + r * a_row;
+    uint16_t* to = packed + r / kTileRows * next + r % kTileRows * kTileDepth;
+    for (int k = 0; k < depth; k += kTileDepth, to += kTile) {
+      const __m512 low = load_some(from + k, depth - k);
+      const __m512 high = load_some(from + k + 16, depth - k - 16);
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+      std::memcpy(to, &rounded, sizeof(rounded));
+    }
+  }
+}
+
+MAFNET_TARGET_BF16 void pack_bf16_columns(const float* b, int64_t b_row, int depth, int columns,
+                                          uint16_t* packed) {
+  const int64_t step = int64_t{columns} * kTileDepth;
+  for (int k = 0; k < depth_tiles(depth) * kTileDepth; k += 2) {
+    uint16_t* to = packed + k / kTileDepth * step + k % kTileDepth / 2 * kTileDepth;
+    for (int n = 0; n < columns; n += kTileRows, to += kTile) {
+      const float* from = b + k * b_row + n;
+      const __m512 upper = load_some(from, k < depth ? 16 : 0);
+      const __m512 lower = load_some(from + b_row, k + 1 < depth ? 16 : 0);
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(lower, upper);
+      __m512i rows;  // one after the other, to be interleaved
+      std::memcpy(&rows, &rounded, sizeof(rows));
+      const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rows));
+      const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rows, 1));
+      _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    }
+  }
+}
+
+void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth, int columns, float* c,
+                   int64_t c_row) {
+#if defined(MAFNET_HAS_TILES)
+  if (simd_level() >= SimdLevel::kAmx)
+    return multiply_by_tiles(a, b, rows, depth, columns, c, c_row);
+#endif
+  multiply_by_vectors(a, b, rows, depth, columns, c, c_row);
+}
+
 #else
 
-bool has_bf16_tiles() { return false; }
-void tile_rows(const float*, int64_t, int, int, uint16_t*) {}
-void tile_columns(const float*, int64_t, int, int, uint16_t*) {}
+void pack_bf16_rows(const float*, int64_t, int, int, uint16_t*) {}
+void pack_bf16_columns(const float*, int64_t, int, int, uint16_t*) {}
 void multiply_bf16(const uint16_t*, const uint16_t*, int, int, int, float*, int64_t) {}
 
 #endif

@@ -1,22 +1,25 @@
-// C += A B with factors in bfloat16 and sums in float, where the CPU has tile registers for that
-// (AMX).
+// C += A B with factors in bfloat16 and sums in float, where the CPU has instructions for that:
+// tile registers (AMX), else vectors (AVX512-BF16). Factors are rounded to bfloat16 when they are
+// packed; numbers below the normal range, of factors and of sums, count as zero.
 #pragma once
 
 #include <cstdint>
 
+#include "common/simd.h"
+
 namespace mafnet {
 
-// Whether this CPU, kernel and MAFNET_SIMD allow tiles.
-bool has_bf16_tiles();
+// Whether this CPU, kernel and MAFNET_SIMD allow them.
+inline bool has_bf16_products() { return simd_level() >= SimdLevel::kAvx512Bf16; }
 
-// Elements of `lines` rows of A, or columns of B, of some depth in tiles.
-int64_t tile_elements(int lines, int depth);
+// Elements of `lines` rows of A, or columns of B, of some depth when packed.
+int64_t bf16_elements(int lines, int depth);
 
-// From rows of floats, rounded to bfloat16, to tiles of A; rows and depth are padded.
-void tile_rows(const float* a, int64_t a_row, int rows, int depth, uint16_t* tiles);
+// From rows of floats to packed rows of A; depth is padded with zeros, rows with what there was.
+void pack_bf16_rows(const float* a, int64_t a_row, int rows, int depth, uint16_t* packed);
 
-// From depth x columns floats, rounded, to tiles of B; columns is a multiple of 16.
-void tile_columns(const float* b, int64_t b_row, int depth, int columns, uint16_t* tiles);
+// From depth x columns floats to packed columns of B; columns is a multiple of 16.
+void pack_bf16_columns(const float* b, int64_t b_row, int depth, int columns, uint16_t* packed);
 
 // C += A B; C has room for rows up to a multiple of 16. An element sums up in an order that depth
 // alone decides.

@@ -3,12 +3,12 @@
 // One binary must run on any x86-64, yet the hot loops want AVX2 or AVX-512. with_simd(body)
 // inlines body into one function per level and calls the best one; T is the element type, and
 // double, which serves accuracy and not speed, has the baseline alone. Everything hot that body
-// calls must be MAFNET_INLINE too, or it stays at the baseline. MAFNET_SIMD=baseline|avx2|avx512
-// lowers the level.
+// calls must be MAFNET_INLINE too, or it stays at the baseline.
+//
+// MAFNET_SIMD=baseline|avx2|avx512|avx512bf16|amx lowers the level. The last two are AVX-512 with
+// products in bfloat16, by vectors or by tile registers.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
 #define MAFNET_INLINE inline __attribute__((always_inline))
@@ -24,31 +24,12 @@
 
 namespace mafnet {
 
-enum class SimdLevel : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
-
-#if defined(__x86_64__)
-
-inline SimdLevel detect_simd_level() {
-  SimdLevel level = SimdLevel::kBaseline;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = SimdLevel::kAvx2;
-  if (level == SimdLevel::kAvx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    level = SimdLevel::kAvx512;
-  }
-  const char* wish = std::getenv("MAFNET_SIMD");
-  if (wish != nullptr && std::strcmp(wish, "baseline") == 0) return SimdLevel::kBaseline;
-  if (wish != nullptr && std::strcmp(wish, "avx2") == 0 && level == SimdLevel::kAvx512) {
-    return SimdLevel::kAvx2;
-  }
-  return level;
-}
+enum class SimdLevel : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The level of this process.
-inline SimdLevel simd_level() {
-  static const SimdLevel level = detect_simd_level();
-  return level;
-}
+SimdLevel simd_level();
+
+#if defined(__x86_64__)
 
 template <typename Body>
 MAFNET_TARGET_AVX2 void run_avx2(const Body& body) {
@@ -64,7 +45,7 @@ template <typename T = float, typename Body>
 void with_simd(const Body& body) {
   if constexpr (std::is_same_v<T, double>) return body();
   const SimdLevel level = simd_level();
-  if (level == SimdLevel::kAvx512) {
+  if (level >= SimdLevel::kAvx512) {
     run_avx512(body);
   } else if (level == SimdLevel::kAvx2) {
     run_avx2(body);
@@ -74,8 +55,6 @@ void with_simd(const Body& body) {
 }
 
 #else
-
-inline SimdLevel simd_level() { return SimdLevel::kBaseline; }
 
 template <typename T = float, typename Body>
 void with_simd(const Body& body) {

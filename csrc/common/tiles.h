@@ -1,10 +1,18 @@
-// Tile registers (AMX): eight of 16 rows of 64 bytes, and products of two in bfloat16.
+// Instructions for bfloat16: by vectors (AVX512-BF16), and by tile registers (AMX), which are eight
+// of 16 rows of 64 bytes, and products of two.
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#define MAFNET_HAS_TILES 1
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MAFNET_HAS_BF16 1
 
 #include <immintrin.h>
+
+#define MAFNET_TARGET_BF16 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#endif
+
+#if defined(MAFNET_HAS_BF16) && defined(__linux__)
+#define MAFNET_HAS_TILES 1
 
 #include <cstdint>
 

@@ -36,8 +36,8 @@ template <typename A, typename Body>
 void with_level(const Body& body) {
 #if defined(__x86_64__)
   if constexpr (!std::is_same_v<A, double>) {
-    static const SimdLevel level = detect_simd_level();
-    if (level == SimdLevel::kAvx512) {
+    const SimdLevel level = simd_level();
+    if (level >= SimdLevel::kAvx512) {
       return run_avx512([&]() MAFNET_INLINE_LAMBDA { body(Level<SimdLevel::kAvx512>{}); });
     }
     if (level == SimdLevel::kAvx2) {

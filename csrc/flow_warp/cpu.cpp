@@ -34,7 +34,7 @@ int64_t element_size(Dtype dtype) {
 
 const BilinearKernels& bilinear_kernels() {
 #if defined(__x86_64__)
-  if (simd_level() == SimdLevel::kAvx512) return kBilinearAvx512;
+  if (simd_level() >= SimdLevel::kAvx512) return kBilinearAvx512;
   if (simd_level() == SimdLevel::kAvx2) return kBilinearAvx2;
 #endif
   return kBilinearPortable;

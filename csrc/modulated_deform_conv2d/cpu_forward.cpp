@@ -33,8 +33,8 @@ constexpr int kPanel = 64;
 // Out channels that are written together.
 constexpr int kPlanes = 16;
 
-bool takes_tiles(const ModulatedDeformConv2dParams& p) {
-  return p.dtype == Dtype::kBFloat16 && has_bf16_tiles();
+bool takes_bf16(const ModulatedDeformConv2dParams& p) {
+  return p.dtype == Dtype::kBFloat16 && has_bf16_products();
 }
 
 // How a forward pass is cut up, and its weight: panels of out channels, in each a row for each
@@ -60,19 +60,19 @@ struct Forward {
   int out;                    // out channels of a group, padded
   int panel;                  // out channels at most
   Buffer<A> weight, bias;     // bias: [group][out]
-  // With bfloat16 features and tiles: samples are rounded to bfloat16, as PyTorch's own convolution
-  // of them would be, and `tiles` is the weight of each chunk and twin, from tiles_at on.
+  // With bfloat16 features and products: samples are rounded to bfloat16, as PyTorch's own
+  // convolution of them would be, and `packed` is the weight of each chunk and twin, from packed_at
+  // on.
   bool in_bf16;
-  Buffer<uint16_t> tiles;
-  std::vector<int64_t> tiles_at;
+  Buffer<uint16_t> packed;
+  std::vector<int64_t> packed_at;
 };
 
 template <typename A>
 Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
     : twins(twins_of(p)),
       segments(make_segments(p, p.channels)),
-      chunks(
-          make_chunks(segments, next_segment(), p.taps(), takes_tiles(p) ? kTilesDepth : kDepth)),
+      chunks(make_chunks(segments, next_segment(), p.taps(), takes_bf16(p) ? kBf16Depth : kDepth)),
       rows(segments.back().row + int64_t{segments.back().stored} * p.taps()),
       block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
@@ -80,10 +80,10 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
       panel(out),
       weight(static_cast<size_t>(rows) * out),
       bias(static_cast<size_t>(p.groups) * out),
-      in_bf16(takes_tiles(p)),
-      tiles(0) {
+      in_bf16(takes_bf16(p)),
+      packed(0) {
   for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
-  // Five vectors are one tile too; tiles of bfloat16 are made of whole rows below.
+  // Five vectors are one tile too; bfloat16 is packed from whole rows below.
   if (out > 5 * kColumnPad && !in_bf16) panel = kPanel;
   with_dtype<A>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -112,15 +112,16 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
     int64_t size = 0;
     for (const Chunk& chunk : chunks) {
       for (int twin = 0; twin < twins; ++twin) {
-        tiles_at.push_back(size);
-        size += tile_elements(out, chunk.depth);
+        packed_at.push_back(size);
+        size += bf16_elements(out, chunk.depth);
       }
     }
-    tiles.resize(size);
-    for (size_t i = 0; i < tiles_at.size(); ++i) {
+    packed.resize(size);
+    for (size_t i = 0; i < packed_at.size(); ++i) {
       const Chunk& chunk = chunks[i / twins];
       const int64_t first = chunk.row + static_cast<int64_t>(i % twins) * next_row();
-      tile_columns(weight.data() + first * out, out, chunk.depth, out, tiles.data() + tiles_at[i]);
+      pack_bf16_columns(weight.data() + first * out, out, chunk.depth, out,
+                        packed.data() + packed_at[i]);
     }
   }
 }
@@ -176,11 +177,11 @@ struct Scratch {
   Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
       : columns(static_cast<size_t>(f.twins) * f.block * f.row),
         sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
-        rounded(f.in_bf16 ? tile_elements(f.block, f.row) : 0),
+        rounded(f.in_bf16 ? bf16_elements(f.block, f.row) : 0),
         zeros(round_up(p.offset_group_channels(), kChannelPad)),
         plan(1) {}
   Buffer<A> columns, sums;
-  Buffer<uint16_t> rounded;  // columns in tiles
+  Buffer<uint16_t> rounded;  // columns, packed
   Buffer<A> zeros;
   Buffer<Plan<A>> plan;
 };
@@ -261,9 +262,9 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
         A* sums = sums_of(block, chunk.group + twin * (p.groups / f.twins));
         if constexpr (std::is_same_v<A, float>) {
           if (f.in_bf16) {
-            const uint16_t* tiles = f.tiles.data() + f.tiles_at[c * f.twins + twin];
-            tile_rows(columns_of(twin), f.row, b.count, chunk.depth, scratch.rounded.data());
-            multiply_bf16(scratch.rounded.data(), tiles, b.count, chunk.depth, f.out, sums, f.out);
+            const uint16_t* weight = f.packed.data() + f.packed_at[c * f.twins + twin];
+            pack_bf16_rows(columns_of(twin), f.row, b.count, chunk.depth, scratch.rounded.data());
+            multiply_bf16(scratch.rounded.data(), weight, b.count, chunk.depth, f.out, sums, f.out);
             continue;
           }
         }

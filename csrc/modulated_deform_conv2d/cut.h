@@ -19,8 +19,8 @@ constexpr int kChannelPad = 4;
 
 // Products per element of a matrix product: enough to pay for reading and writing the sums.
 constexpr int kDepth = 64;
-// In tile registers, which take 32 at a time: more, so that little of it is padding.
-constexpr int kTilesDepth = 192;
+// In bfloat16, where tile registers take 32 at a time: more, so that little of it is padding.
+constexpr int kBf16Depth = 192;
 
 // The channels that an offset group of a part and a group of the convolution share. They take
 // `stored` columns per tap: the padding of the offset group too, where the segment is all of it.

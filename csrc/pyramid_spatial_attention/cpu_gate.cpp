@@ -305,9 +305,9 @@ void backward(const SpatialGateParams& p) {
 }  // namespace
 
 int launch_spatial_gate_forward(const SpatialGateParams& p, void*) {
-  // Tile registers want pixels as rows.
-  const bool in_tiles = p.dtype == Dtype::kBFloat16 && has_bf16_tiles();
-  const bool planes = !in_tiles && is_planar(p.input) && is_planar(p.mask) && is_planar(p.output);
+  // Products in bfloat16 want pixels as rows.
+  const bool in_bf16 = p.dtype == Dtype::kBFloat16 && has_bf16_products();
+  const bool planes = !in_bf16 && is_planar(p.input) && is_planar(p.mask) && is_planar(p.output);
   return with_accumulator(p.dtype, [&](auto a) {
     using A = decltype(a);
     planes ? forward_planes<A>(p) : forward<A>(p);

@@ -90,8 +90,8 @@ class Product {
       : depth_(depth),
         columns_(padded_columns(columns)),
         weight_(static_cast<size_t>(depth) * columns_),
-        tiles_(0),
-        in_bf16_(dtype == Dtype::kBFloat16 && has_bf16_tiles()) {}
+        packed_(0),
+        in_bf16_(dtype == Dtype::kBFloat16 && has_bf16_products()) {}
 
   int columns() const { return columns_; }
 
@@ -103,14 +103,14 @@ class Product {
   void pack() {
     if constexpr (sizeof(A) == 4) {
       if (!in_bf16_) return;
-      tiles_.resize(tile_elements(columns_, depth_), false);
-      tile_columns(weight_.data(), columns_, depth_, columns_, tiles_.data());
+      packed_.resize(bf16_elements(columns_, depth_), false);
+      pack_bf16_columns(weight_.data(), columns_, depth_, columns_, packed_.data());
     }
   }
 
   // Elements of scratch that add() wants for count rows.
   size_t scratch(int count) const {
-    return in_bf16_ ? tile_elements(padded_rows(count), depth_) : 0;
+    return in_bf16_ ? bf16_elements(padded_rows(count), depth_) : 0;
   }
 
   // sums += rows * matrix. Rows and sums have room for padded_rows(count).
@@ -118,8 +118,8 @@ class Product {
            uint16_t* scratch) const {
     if constexpr (sizeof(A) == 4) {
       if (in_bf16_) {
-        tile_rows(rows, stride, count, depth_, scratch);
-        multiply_bf16(scratch, tiles_.data(), count, depth_, columns_, sums, sums_stride);
+        pack_bf16_rows(rows, stride, count, depth_, scratch);
+        multiply_bf16(scratch, packed_.data(), count, depth_, columns_, sums, sums_stride);
         return;
       }
     }
@@ -141,7 +141,7 @@ class Product {
  private:
   int depth_, columns_;
   Buffer<A> weight_;
-  Buffer<uint16_t> tiles_;
+  Buffer<uint16_t> packed_;
   bool in_bf16_;
 };
 

@@ -13,7 +13,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "common/gemm_bf16.h"
+#include "common/simd.h"
 
 namespace mafnet {
 namespace {
@@ -379,7 +379,7 @@ constexpr int64_t kFewTokens = 24;
 }  // namespace
 
 bool tiles_serve(const SelfAttentionParams& p) {
-  if (!has_bf16_tiles() || p.dtype == Dtype::kFloat64) return false;
+  if (simd_level() < SimdLevel::kAmx || p.dtype == Dtype::kFloat64) return false;
   if (std::min(most_tokens(p, p.queries), most_tokens(p, p.keys)) < kFewTokens) return false;
   if (p.value_depth == 0) return false;
   // A bfloat16 is its only piece, whatever it is.

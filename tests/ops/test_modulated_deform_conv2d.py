@@ -239,7 +239,7 @@ def test_any_geometry(case: Case, dtype: torch.dtype) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_vector_level(level: str) -> None:
     """The level is chosen once per process, so each one gets its own."""
     code = (

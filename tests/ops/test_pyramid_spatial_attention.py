@@ -658,8 +658,8 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @native
 def test_every_vector_level(tmp_path: Path) -> None:
-    """The same network by baseline, AVX2 and AVX-512 instructions, in processes of their own."""
-    levels = ("baseline", "avx2", "avx512")
+    """The same network by the instructions of every level, in processes of their own."""
+    levels = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
     for level in levels:
         command = [sys.executable, "-c", SIMD_SCRIPT, str(tmp_path / level)]
         subprocess.run(command, check=True, env={**os.environ, "MAFNET_SIMD": level})
