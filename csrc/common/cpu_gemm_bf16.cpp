@@ -19,7 +19,7 @@ namespace mafnet {
 namespace {
 
 // A tile is 16 rows of 64 bytes: 16 sums, or 32 factors.
-constexpr int kTileRows = 16, kTileDepth = 32;
+constexpr int kTileRows = kPackedRows, kTileDepth = kPackedDepth;
 
 int depth_tiles(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 
@@ -28,6 +28,16 @@ int depth_tiles(int depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 int64_t bf16_elements(int lines, int depth) {
   const int64_t tiles = (lines + kTileRows - 1) / kTileRows;
   return tiles * kTileRows * kTileDepth * depth_tiles(depth);
+}
+
+void pad_bf16_rows(int rows, int depth, uint16_t* packed) {
+  const PackedColumn end = packed_column(depth);
+  if (end.room == kTileDepth) return;
+  const int64_t next = bf16_elements(kTileRows, depth);
+  for (int r = 0; r < rows; ++r) {
+    uint16_t* row = packed + r / kTileRows * next + r % kTileRows * kTileDepth;
+    std::fill_n(row + end.at, end.room, uint16_t{0});
+  }
 }
 
 #if defined(MAFNET_HAS_BF16)

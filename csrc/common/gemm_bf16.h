@@ -12,11 +12,26 @@ namespace mafnet {
 // Whether this CPU, kernel and MAFNET_SIMD allow them.
 inline bool has_bf16_products() { return simd_level() >= SimdLevel::kAvx512Bf16; }
 
+// Packed rows of A lie in tiles [rows / kPackedRows][depth / kPackedDepth][row][depth], so that
+// column k of a row is `at` elements behind its begin; `room` columns from there on lie side by
+// side.
+constexpr int kPackedRows = 16, kPackedDepth = 32;
+struct PackedColumn {
+  int at, room;
+};
+inline PackedColumn packed_column(int k) {
+  const int in_tile = k % kPackedDepth;
+  return {k / kPackedDepth * kPackedRows * kPackedDepth + in_tile, kPackedDepth - in_tile};
+}
+
 // Elements of `lines` rows of A, or columns of B, of some depth when packed.
 int64_t bf16_elements(int lines, int depth);
 
 // From rows of floats to packed rows of A; depth is padded with zeros, rows with what there was.
 void pack_bf16_rows(const float* a, int64_t a_row, int rows, int depth, uint16_t* packed);
+
+// Zeros in the padding of packed rows of some depth, for those who write the rest themselves.
+void pad_bf16_rows(int rows, int depth, uint16_t* packed);
 
 // From depth x columns floats to packed columns of B; columns is a multiple of 16.
 void pack_bf16_columns(const float* b, int64_t b_row, int depth, int columns, uint16_t* packed);

@@ -177,7 +177,9 @@ void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
   plan_block(p, b, plan);
   for (int k = 0; k < p.taps(); ++k) {
     const int at = k * s.stored;
-    plan_tap(p, b, twins[0].source, s.slab % p.offset_groups * p.taps() + k, plan);
+    const Source<A>& source = twins[0].source;
+    plan_tap(p, b, source.row_stride, source.column_stride, s.slab % p.offset_groups * p.taps() + k,
+             plan);
     if (mine && t.needs_samples()) {
       for (const Twin<A>& twin : twins) {
         const bool first = &twin == twins.data();

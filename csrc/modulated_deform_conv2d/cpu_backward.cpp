@@ -17,6 +17,7 @@
 // No atomics. Pixels of grad_input sum up in the order of the blocks; grad_weight and grad_bias by
 // slots, fixed parts of the image, that are added in their order at the end. So the result has the
 // same bits whatever the number of threads and of bands.
+#include "common/fresh_memory.h"
 #include "common/parallel.h"
 #include "modulated_deform_conv2d/backward_block.h"
 
@@ -265,6 +266,13 @@ void backward(const ModulatedDeformConv2dParams& p) {
 }  // namespace
 
 int launch_modulated_deform_conv2d_backward(const ModulatedDeformConv2dParams& p, void*) {
+  const auto prepare = [&](void* data, Dtype dtype, int64_t elements) {
+    if (data != nullptr) prepare_output(data, p.batch * elements * element_bytes(dtype));
+  };
+  prepare(p.grad_input, p.dtype, int64_t{p.channels} * p.height * p.width);
+  // Of raw offsets the masks' are the last part of the same tensor.
+  prepare(p.grad_offset, p.offset_dtype, p.grad_offset_planes() * p.pixels());
+  if (!p.raw.used) prepare(p.grad_mask, p.mask_dtype, p.grad_mask_planes() * p.pixels());
   if (p.dtype == Dtype::kFloat64) {
     backward<double>(p);
   } else {

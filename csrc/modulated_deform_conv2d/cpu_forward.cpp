@@ -11,10 +11,12 @@
 // For the same reason the input is first rewritten as [offset group][row][column][channel] in the
 // accumulators' type: small images whole, large ones in bands of output rows, each with the rows of
 // input that its samples touch, so that the memory is bounded.
+#include "common/fresh_memory.h"
 #include "common/gemm_bf16.h"
 #include "common/parallel.h"
 #include "common/pixels.h"
 #include "modulated_deform_conv2d/cut.h"
+#include "modulated_deform_conv2d/forward_samples.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {
@@ -33,14 +35,14 @@ constexpr int kPanel = 64;
 // Out channels that are written together.
 constexpr int kPlanes = 16;
 
-bool takes_bf16(const ModulatedDeformConv2dParams& p) {
-  return p.dtype == Dtype::kBFloat16 && has_bf16_products();
-}
-
 // How a forward pass is cut up, and its weight: panels of out channels, in each a row for each
-// column.
-template <typename A>
+// column. S is what samples and what they are made of are kept in: A, or uint16_t for the bits of
+// bfloat16 where there are products in it. Then samples are rounded to bfloat16, as PyTorch's own
+// convolution of them would be.
+template <typename A, typename S>
 struct Forward {
+  static constexpr bool kInBf16 = !std::is_same_v<A, S>;
+
   explicit Forward(const ModulatedDeformConv2dParams& p);
 
   // The weight of row `row` in the panel that begins at out channel `output`, and how many follow.
@@ -51,6 +53,11 @@ struct Forward {
   int next_segment() const { return static_cast<int>(segments.size()) / twins; }
   int64_t next_row() const { return rows / twins; }
 
+  // Of a block of samples.
+  int64_t columns_size() const {
+    return kInBf16 ? bf16_elements(block, row) : int64_t{block} * row;
+  }
+
   int twins;
   std::vector<Segment> segments;
   std::vector<Chunk> chunks;  // of the first twin
@@ -60,19 +67,15 @@ struct Forward {
   int out;                    // out channels of a group, padded
   int panel;                  // out channels at most
   Buffer<A> weight, bias;     // bias: [group][out]
-  // With bfloat16 features and products: samples are rounded to bfloat16, as PyTorch's own
-  // convolution of them would be, and `packed` is the weight of each chunk and twin, from packed_at
-  // on.
-  bool in_bf16;
-  Buffer<uint16_t> packed;
+  Buffer<uint16_t> packed;    // in bfloat16: the weight of each chunk and twin, from packed_at on
   std::vector<int64_t> packed_at;
 };
 
-template <typename A>
-Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
+template <typename A, typename S>
+Forward<A, S>::Forward(const ModulatedDeformConv2dParams& p)
     : twins(twins_of(p)),
       segments(make_segments(p, p.channels)),
-      chunks(make_chunks(segments, next_segment(), p.taps(), takes_bf16(p) ? kBf16Depth : kDepth)),
+      chunks(make_chunks(segments, next_segment(), p.taps(), kInBf16 ? kBf16Depth : kDepth)),
       rows(segments.back().row + int64_t{segments.back().stored} * p.taps()),
       block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
@@ -80,11 +83,10 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
       panel(out),
       weight(static_cast<size_t>(rows) * out),
       bias(static_cast<size_t>(p.groups) * out),
-      in_bf16(takes_bf16(p)),
       packed(0) {
   for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
   // Five vectors are one tile too; bfloat16 is packed from whole rows below.
-  if (out > 5 * kColumnPad && !in_bf16) panel = kPanel;
+  if (out > 5 * kColumnPad && !kInBf16) panel = kPanel;
   with_dtype<A>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* from = static_cast<const T*>(p.weight);
@@ -107,8 +109,7 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
           static_cast<A>(static_cast<const T*>(p.bias)[o]);
     }
   });
-  if constexpr (std::is_same_v<A, float>) {
-    if (!in_bf16) return;
+  if constexpr (kInBf16) {
     int64_t size = 0;
     for (const Chunk& chunk : chunks) {
       for (int twin = 0; twin < twins; ++twin) {
@@ -127,7 +128,7 @@ Forward<A>::Forward(const ModulatedDeformConv2dParams& p)
 }
 
 // Rows of an image as [slab][row][column][channel], padded: a slab is an offset group of a part.
-template <typename A>
+template <typename S>
 struct Window {
   explicit Window(const ModulatedDeformConv2dParams& p)
       : slabs(p.parts * p.offset_groups),
@@ -139,89 +140,75 @@ struct Window {
   int slabs;
   int64_t column_stride, row_stride;
   RowRange rows;
-  Buffer<A> data;
+  Buffer<S> data;
 };
 
-template <typename A>
-Source<A> source_of(const Window<A>& window, int slab, int low) {
+template <typename S>
+Source<S> source_of(const Window<S>& window, int slab, int low) {
   const int64_t rows = window.rows.high - window.rows.low;
   // As if it began at row 0 of the image.
-  const A* data = window.data.data() + (slab * rows - window.rows.low) * window.row_stride;
+  const S* data = window.data.data() + (slab * rows - window.rows.low) * window.row_stride;
   return {data + low, window.row_stride, window.column_stride};
 }
 
-template <typename A>
+// The bits of numbers that are bfloat16.
+MAFNET_NOINLINE void narrow(const float* from, int64_t count, uint16_t* to) {
+  with_simd([&]() MAFNET_INLINE_LAMBDA {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      to[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  });
+}
+
+template <typename A, typename S>
 void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange& rows,
-                 Window<A>& window) {
+                 Window<S>& window) {
   const int64_t count = rows.high - rows.low;
   window.rows = rows;
   window.data.resize(window.slabs * count * window.row_stride,
                      window.column_stride != p.offset_group_channels());
   parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    Buffer<A> numbers(std::is_same_v<A, S> ? 0 : window.row_stride);
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t slab = 0; slab < window.slabs; ++slab) {
         const int64_t first = n * p.input_stride[0] + (rows.low + y) * p.input_stride[2] +
                               slab * p.offset_group_channels() * p.input_stride[1];
+        S* row = window.data.data() + (slab * count + y) * window.row_stride;
+        A* to = numbers.data();
+        if constexpr (std::is_same_v<A, S>) to = row;
         gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
-                      p.offset_group_channels(),
-                      window.data.data() + (slab * count + y) * window.row_stride,
-                      window.column_stride);
+                      p.offset_group_channels(), to, window.column_stride);
+        if constexpr (!std::is_same_v<A, S>) narrow(to, window.row_stride, row);
       }
     }
   });
 }
 
 // Buffers of one task.
-template <typename A>
+template <typename A, typename S>
 struct Scratch {
-  Scratch(const ModulatedDeformConv2dParams& p, const Forward<A>& f)
-      : columns(static_cast<size_t>(f.twins) * f.block * f.row),
+  Scratch(const ModulatedDeformConv2dParams& p, const Forward<A, S>& f)
+      : columns(f.twins * f.columns_size()),
         sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
-        rounded(f.in_bf16 ? bf16_elements(f.block, f.row) : 0),
         zeros(round_up(p.offset_group_channels(), kChannelPad)),
         plan(1) {}
-  Buffer<A> columns, sums;
-  Buffer<uint16_t> rounded;  // columns, packed
-  Buffer<A> zeros;
+  Buffer<S> columns;  // in bfloat16 packed as a product wants them
+  Buffer<A> sums;
+  Buffer<S> zeros;
   Buffer<Plan<A>> plan;
 };
-
-// columns[pixel] = the masked samples of one tap and segment.
-template <typename L, typename A>
-MAFNET_INLINE void sample_at_level(const ModulatedDeformConv2dParams& p, const Block b,
-                                   const Source<A> source, const Plan<A>& plan, int channels_,
-                                   const A* zeros, A* columns, int64_t row) {
-  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
-    for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
-      const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
-      const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
-      A* out = columns + i * row;
-      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        store<V>(out + c, w0 * load<V>(at.at[0] + c) + w1 * load<V>(at.at[1] + c) +
-                              w2 * load<V>(at.at[2] + c) + w3 * load<V>(at.at[3] + c));
-      });
-    });
-  });
-}
-
-template <typename A>
-void sample(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
-            const Plan<A>& plan, int channels, const A* zeros, A* columns, int64_t row) {
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    sample_at_level<decltype(level)>(p, b, source, plan, channels, zeros, columns, row);
-  });
-}
 
 // The output pixels first .. end of image n, kRun blocks at most, chunk by chunk: what a chunk
 // reads of the image, of the offsets and of the weight stays in the caches from one block to the
 // next.
-template <typename A>
-void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, int64_t n,
-                    int64_t first, int64_t end, const Window<A>& window, Scratch<A>& scratch) {
+template <typename A, typename S>
+void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A, S>& f, int64_t n,
+                    int64_t first, int64_t end, const Window<S>& window, Scratch<A, S>& scratch) {
   Plan<A>& plan = *scratch.plan.data();
   const auto columns_of = [&](int twin) {
-    return scratch.columns.data() + int64_t{twin} * f.block * f.row;
+    return scratch.columns.data() + twin * f.columns_size();
   };
   const int64_t sums_size = int64_t{f.block} * f.out;
   const auto sums_of = [&](int64_t block, int group) {
@@ -251,28 +238,32 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A>& f, i
           return source_of(window, f.segments[index + twin * f.next_segment()].slab, s.low);
         };
         for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
-          plan_tap(p, b, source(0), s.slab % p.offset_groups * p.taps() + k, plan);
+          plan_tap(p, b, window.row_stride, window.column_stride,
+                   s.slab % p.offset_groups * p.taps() + k, plan);
           for (int twin = 0; twin < f.twins; ++twin) {
-            sample(p, b, source(twin), plan, s.stored, scratch.zeros.data(),
-                   columns_of(twin) + column, f.row);
+            if constexpr (f.kInBf16) {
+              sample(p, b, source(twin), plan, s.stored, scratch.zeros.data(), columns_of(twin),
+                     chunk.depth, column);
+            } else {
+              sample(p, b, source(twin), plan, s.stored, scratch.zeros.data(),
+                     columns_of(twin) + column, f.row);
+            }
           }
         }
       }
       for (int twin = 0; twin < f.twins; ++twin) {
         A* sums = sums_of(block, chunk.group + twin * (p.groups / f.twins));
-        if constexpr (std::is_same_v<A, float>) {
-          if (f.in_bf16) {
-            const uint16_t* weight = f.packed.data() + f.packed_at[c * f.twins + twin];
-            pack_bf16_rows(columns_of(twin), f.row, b.count, chunk.depth, scratch.rounded.data());
-            multiply_bf16(scratch.rounded.data(), weight, b.count, chunk.depth, f.out, sums, f.out);
-            continue;
+        if constexpr (f.kInBf16) {
+          const uint16_t* weight = f.packed.data() + f.packed_at[c * f.twins + twin];
+          pad_bf16_rows(b.count, chunk.depth, columns_of(twin));
+          multiply_bf16(columns_of(twin), weight, b.count, chunk.depth, f.out, sums, f.out);
+        } else {
+          const Matrix<A> columns{columns_of(twin), f.row, 1};
+          const int64_t row = chunk.row + twin * f.next_row();
+          for (int o = 0; o < f.out; o += f.panel) {
+            multiply(columns, f.weight.data() + f.at(row, o), f.width(o), b.count, chunk.depth,
+                     f.width(o), sums + o, f.out, true);
           }
-        }
-        const Matrix<A> columns{columns_of(twin), f.row, 1};
-        const int64_t row = chunk.row + twin * f.next_row();
-        for (int o = 0; o < f.out; o += f.panel) {
-          multiply(columns, f.weight.data() + f.at(row, o), f.width(o), b.count, chunk.depth,
-                   f.width(o), sums + o, f.out, true);
         }
       }
     }
@@ -315,11 +306,11 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, int64_t n, int64_t r
   return {std::min(all.low, all.high), all.high};
 }
 
-template <typename A>
+template <typename A, typename S = A>
 void forward(const ModulatedDeformConv2dParams& p) {
-  const Forward<A> f(p);
-  Window<A> window(p);
-  const int64_t row_bytes = window.slabs * window.row_stride * sizeof(A);
+  const Forward<A, S> f(p);
+  Window<S> window(p);
+  const int64_t row_bytes = window.slabs * window.row_stride * sizeof(S);
   const bool whole = p.height * row_bytes <= kWindowBytes;
   // Half of the window for the rows right below a band, half for taps and offsets.
   const int64_t band =
@@ -328,13 +319,13 @@ void forward(const ModulatedDeformConv2dParams& p) {
     for (int64_t row = 0; row < p.out_height; row += band) {
       const int64_t end_row = std::min<int64_t>(p.out_height, row + band);
       const RowRange rows = whole ? RowRange{0, p.height} : touched_rows<A>(p, n, row, end_row);
-      read_window(p, n, rows, window);
+      read_window<A>(p, n, rows, window);
       const int64_t first = row * p.out_width, end = end_row * p.out_width;
       const int64_t blocks = (end - first + f.block - 1) / f.block;
       // Enough tasks for all threads; what they are has no bearing on the sums of a pixel.
       const int64_t run = f.block * std::clamp<int64_t>(blocks / (4 * num_threads()), 1, kRun);
       parallel_for(0, (end - first + run - 1) / run, 1, [&](int64_t begin, int64_t stop) {
-        Scratch<A> scratch(p, f);
+        Scratch<A, S> scratch(p, f);
         for (int64_t task = begin; task < stop; ++task) {
           forward_blocks(p, f, n, first + task * run, std::min(end, first + (task + 1) * run),
                          window, scratch);
@@ -348,8 +339,11 @@ void forward(const ModulatedDeformConv2dParams& p) {
 
 int launch_modulated_deform_conv2d_forward(const ModulatedDeformConv2dParams& p, void*) {
   if (p.batch * p.pixels() == 0) return 0;
+  prepare_output(p.output, p.batch * p.out_channels * p.pixels() * element_bytes(p.dtype));
   if (p.dtype == Dtype::kFloat64) {
     forward<double>(p);
+  } else if (p.dtype == Dtype::kBFloat16 && has_bf16_products()) {
+    forward<float, uint16_t>(p);
   } else {
     forward<float>(p);
   }

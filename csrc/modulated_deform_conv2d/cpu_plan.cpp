@@ -28,7 +28,7 @@ const A* read_plane(const Elements<const void*>& plane, int count, A* room) {
 // Planes lie far apart, so that the hardware does not foresee the next one.
 void prefetch(const Elements<const void*>& plane, int count) {
   if (plane.pixel_stride != 1) return;
-  const int64_t size = plane.dtype == Dtype::kFloat64 ? 8 : plane.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = element_bytes(plane.dtype);
   const char* from = static_cast<const char*>(plane.data) + plane.first * size;
   for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(from + at);
 }
@@ -96,11 +96,10 @@ void read_flows(const RawOffsets& raw, const Block& b, Plan<A>& plan) {
 }
 
 template <typename A>
-MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, const Source<A> source,
-                                  int count, A tap_y, A tap_x, const A* dy, const A* dx,
-                                  const A* mask, Plan<A>& plan) {
+MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, int64_t row_stride,
+                                  int64_t column_stride, int count, A tap_y, A tap_x, const A* dy,
+                                  const A* dx, const A* mask, Plan<A>& plan) {
   // Copies, of which the compiler knows that no store below changes them.
-  const int64_t row_stride = source.row_stride, column_stride = source.column_stride;
   const A* base_y = plan.base_y;
   const A* base_x = plan.base_x;
   const A end_y = static_cast<A>(p.height), end_x = static_cast<A>(p.width);
@@ -165,8 +164,8 @@ void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& p
 }
 
 template <typename A>
-void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
-              int plane, Plan<A>& plan) {
+void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int64_t row_stride,
+              int64_t column_stride, int plane, Plan<A>& plan) {
   const int tap = plane % p.taps();
   const A tap_y = static_cast<A>(tap / p.kernel_w * p.dilation_h);
   const A tap_x = static_cast<A>(tap % p.kernel_w * p.dilation_w);
@@ -190,7 +189,7 @@ void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source
       dx = plan.planes[1];
       mask = plan.planes[2];
     }
-    plan_positions(p, source, b.count, tap_y, tap_x, dy, dx, mask, plan);
+    plan_positions(p, row_stride, column_stride, b.count, tap_y, tap_x, dy, dx, mask, plan);
   });
 }
 
@@ -200,7 +199,7 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
   int low = p.height, high = -1;  // of the upper rows of the cells
   plan_block(p, b, plan);
   for (int k = 0; k < p.taps(); ++k) {
-    plan_tap(p, b, Source<A>{nullptr, 0, 0}, offset_group * p.taps() + k, plan);
+    plan_tap(p, b, 0, 0, offset_group * p.taps() + k, plan);
     for (int i = 0; i < b.count; ++i) {
       const bool used =
           plan.y[i] >= -1 && plan.y[i] < p.height && plan.x[i] >= -1 && plan.x[i] < p.width;
@@ -214,9 +213,9 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
 
 template void plan_block(const ModulatedDeformConv2dParams&, const Block&, Plan<float>&);
 template void plan_block(const ModulatedDeformConv2dParams&, const Block&, Plan<double>&);
-template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, const Source<float>&, int,
+template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int64_t, int64_t, int,
                        Plan<float>&);
-template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, const Source<double>&, int,
+template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int64_t, int64_t, int,
                        Plan<double>&);
 template RowRange touched_rows(const ModulatedDeformConv2dParams&, const Block&, int, Plan<float>&);
 template RowRange touched_rows(const ModulatedDeformConv2dParams&, const Block&, int,

@@ -31,10 +31,11 @@ struct RowRange {
   int low, high;
 };
 
-// The channels of one offset group of one image as [row][column][channel].
-template <typename A>
+// The channels of one offset group of one image as [row][column][channel], of accumulators or, as
+// the bits of bfloat16, of uint16_t.
+template <typename S>
 struct Source {
-  const A* data;
+  const S* data;
   int64_t row_stride, column_stride;
 };
 
@@ -58,10 +59,10 @@ struct Plan {
 template <typename A>
 void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& plan);
 
-// Makes the plan of a tap; plane = offset group * taps + tap.
+// Makes the plan of a tap, for sources of these strides; plane = offset group * taps + tap.
 template <typename A>
-void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
-              int plane, Plan<A>& plan);
+void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int64_t row_stride,
+              int64_t column_stride, int plane, Plan<A>& plan);
 
 // The rows that the samples of a block read, of all taps of an offset group; what lies outside the
 // image reads none.
@@ -70,15 +71,15 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
                       Plan<A>& plan);
 
 // The four corners of a sample, or zeros.
-template <typename A>
+template <typename S>
 struct Corners {
-  const A* at[4];
+  const S* at[4];
 };
 
-template <typename A>
-MAFNET_INLINE Corners<A> inner_corners(const Source<A>& source, const Plan<A>& plan, int i) {
-  const A* top = source.data + plan.offset[i];
-  const A* bottom = top + source.row_stride;
+template <typename S, typename A>
+MAFNET_INLINE Corners<S> inner_corners(const Source<S>& source, const Plan<A>& plan, int i) {
+  const S* top = source.data + plan.offset[i];
+  const S* bottom = top + source.row_stride;
   return {{top, top + source.column_stride, bottom, bottom + source.column_stride}};
 }
 
@@ -88,10 +89,10 @@ MAFNET_INLINE bool corner_is_inside(int height, int width, int y, int x, int cor
          static_cast<unsigned>(x + corner % 2) < static_cast<unsigned>(width);
 }
 
-template <typename A>
-MAFNET_INLINE Corners<A> edge_corners(const ModulatedDeformConv2dParams& p, const Source<A>& source,
-                                      const Plan<A>& plan, int i, const A* zeros) {
-  Corners<A> corners = inner_corners(source, plan, i);
+template <typename S, typename A>
+MAFNET_INLINE Corners<S> edge_corners(const ModulatedDeformConv2dParams& p, const Source<S>& source,
+                                      const Plan<A>& plan, int i, const S* zeros) {
+  Corners<S> corners = inner_corners(source, plan, i);
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     const bool inside = corner_is_inside(p.height, p.width, plan.y[i], plan.x[i], k);
@@ -101,9 +102,9 @@ MAFNET_INLINE Corners<A> edge_corners(const ModulatedDeformConv2dParams& p, cons
 }
 
 // Calls body(i, corners) for the pixels of a block; corners point at channel `low` of the source.
-template <typename A, typename Body>
+template <typename S, typename A, typename Body>
 MAFNET_INLINE void for_samples(const ModulatedDeformConv2dParams& p, const Block& b,
-                               const Source<A>& source, const Plan<A>& plan, const A* zeros,
+                               const Source<S>& source, const Plan<A>& plan, const S* zeros,
                                const Body& body) {
   for (int begin = 0; begin < b.count; begin += kChunk) {
     const int end = std::min(b.count, begin + kChunk);
