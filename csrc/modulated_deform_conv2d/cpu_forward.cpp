@@ -9,8 +9,8 @@
 // with taps outside and offset groups inside nearly every sample missed the first cache.
 //
 // For the same reason the input is first rewritten as [offset group][row][column][channel] in the
-// accumulators' type: small images whole, large ones in bands of output rows, each with the rows of
-// input that its samples touch, so that the memory is bounded.
+// accumulators' type, or in bfloat16: small images whole, large ones in bands of output rows, each
+// with the rows of input that its samples touch, so that the memory is bounded.
 #include "common/fresh_memory.h"
 #include "common/gemm_bf16.h"
 #include "common/parallel.h"
