@@ -273,6 +273,17 @@ def test_every_vector_level(level: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_bfloat16_where_groups_cross_offset_groups() -> None:
+    """Segments of 10 and 5 channels: packed rows of samples begin and end anywhere."""
+    x, offset = torch.rand(1, 30, 9, 23), 6 * torch.rand(1, 36, 9, 23) - 3
+    mask, weight = torch.rand(1, 18, 9, 23), torch.rand(72, 10, 3, 3) / 10
+    tensors = [t.bfloat16() for t in (x, offset, mask, weight)]
+    out = modulated_deform_conv2d(*tensors, None, 1, 1)
+    exact = by_torch(*(t.double() for t in tensors), None, (1, 1), (1, 1))
+    # Samples and output are rounded to bfloat16.
+    assert (out - exact).abs().max() < torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
 TORCHVISION = ["plain", "kernel 3x2, stride 2x1, dilation 1x2", "no mask", "H 1", "channels 8"]
 
 
