@@ -179,8 +179,8 @@ class Function:
             successors.append({n for n in next_ if n < len(found)})
         return cls([(f[2], f[3]) for f in found], successors)
 
-    def loops(self) -> list[set[int]]:
-        """Natural loops: all that leads back to a header by a branch that the header dominates.
+    def loops(self) -> dict[int, set[int]]:
+        """Natural loops by their headers: all that leads back to a header by a branch that the header dominates.
 
         Ranges of addresses would not do: nvcc moves rare blocks behind the end and lets them jump back.
         """
@@ -192,12 +192,10 @@ class Function:
             for branch in backward:
                 if branch not in avoidable:
                     bodies.setdefault(header, {header}).update(reach(predecessors, branch, header))
-        return [body for body in bodies.values() if not self.is_spin(body)]
+        return {header: body for header, body in bodies.items() if not self.is_spin(body)}
 
-    def way(self, body: set[int]) -> int:
+    def way(self, header: int, body: set[int]) -> int:
         """Instructions of the shortest way through a loop, from its header back to it."""
-        predecessors = invert(self.successors)
-        header = next(i for i in body if i == 0 or predecessors[i] - body)
         pending, seen = [(0, header)], set[int]()
         while True:
             length, i = heapq.heappop(pending)
@@ -276,10 +274,13 @@ def read_cubin(cubin: Path) -> list[Kernel]:
         bodies = function.loops()
         loops = [
             Loop(
-                innermost=not any(other < body for other in bodies),
-                mix={**count([function.instructions[i] for i in body]), "way": function.way(body)},
+                innermost=not any(other < body for other in bodies.values()),
+                mix={
+                    **count([function.instructions[i] for i in body]),
+                    "way": function.way(header, body),
+                },
             )
-            for body in bodies
+            for header, body in bodies.items()
         ]
         kernels.append(
             Kernel(
