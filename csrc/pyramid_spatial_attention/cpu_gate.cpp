@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/parallel.h"
-#include "pyramid_spatial_attention/rows.h"
+#include "pyramid_spatial_attention/products.h"
 
 namespace mafnet {
 namespace {
@@ -98,15 +98,14 @@ struct Block {
     n = index / gate.per_row / p.height;
     count = std::min(kBlock, p.width - x);
     mask = rows_of(p.mask, n, y, x, count, p.width, p.channels, masks.data(), gate.row);
-    fill_rows(gate.bias.data(), gate.row, count, features.data(), gate.row);
-    gate.product.add(mask.data, mask.stride, count, features.data(), gate.row, scratch.data());
+    gate.product.set(mask.data, mask.stride, count, features.data(), gate.row, scratch.data());
   }
 
   size_t size;
   int64_t n = 0;
   int y = 0, x = 0, count = 0;
   Row<A> mask{nullptr, 0};
-  Buffer<A> masks, features, values;  // features before their activation
+  Buffer<A> masks, features, values;  // features before their bias and activation
   Buffer<uint16_t> scratch;
 };
 
@@ -129,12 +128,12 @@ void forward(const SpatialGateParams& p) {
         out_stride = p.output.stride[3];
       }
       const Row<A> mask = block.mask;
-      const A scale = gate.scale, slope = gate.slope;
+      const A scale = gate.scale, slope = gate.slope, *bias = gate.bias.data();
       const int row = gate.row, channels = p.channels, count = block.count;
       const bool from_feature = p.from_feature;
       for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
         using V = typename decltype(type)::type;
-        const V feature = leaky_relu(load<V>(features + i * row + c), slope);
+        const V feature = leaky_relu(load<V>(features + i * row + c) + load<V>(bias + c), slope);
         const V from = from_feature ? feature : load<V>(mask.data + i * mask.stride + c);
         const V gated = sigmoid(from, A{}) * scale;
         store<V>(out + i * out_stride + c,
@@ -249,6 +248,7 @@ void backward(const SpatialGateParams& p) {
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Block<A> block(gate);
     Buffer<A> outputs(block.size), to_inputs(block.size), to_masks(block.size);
+    PixelProduct<A> by_pixels(kBlock, channels, row, p.dtype);
     for (int64_t index = begin * per_chunk; index < std::min(blocks, end * per_chunk); ++index) {
       block.read(p, gate, index);
       const int64_t n = block.n;
@@ -257,14 +257,14 @@ void backward(const SpatialGateParams& p) {
       const Row<A> grad = read_row(p.grad_output, n, y, x, count, channels, outputs.data(), row);
       A *features = block.features.data(), *to_input = to_inputs.data(), *to_mask = to_masks.data();
       const Row<A> mask = block.mask;
-      const A scale = gate.scale, slope = gate.slope;
+      const A scale = gate.scale, slope = gate.slope, *bias = gate.bias.data();
       const bool from_feature = p.from_feature;
       // features become the gradients of what the activation got.
       for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
         using V = typename decltype(type)::type;
         const int at = i * row + c;
         const V in = load<V>(input.data + i * input.stride + c);
-        const V g = load<V>(grad.data + i * grad.stride + c), before = load<V>(features + at);
+        const V g = load<V>(grad.data + i * grad.stride + c), before = load<V>(features + at) + load<V>(bias + c);
         const V feature = leaky_relu(before, slope);
         const V gated =
             sigmoid(from_feature ? feature : load<V>(mask.data + i * mask.stride + c), A{});
@@ -279,8 +279,8 @@ void backward(const SpatialGateParams& p) {
       }
       if (need_weight) {
         const int64_t chunk = index / per_chunk;
-        multiply(Matrix<A>{features, 1, row}, mask.data, mask.stride, channels, count, row,
-                 partials.weight(chunk), row, true);
+        by_pixels.set_left(features, row, count);
+        by_pixels.add(mask.data, mask.stride, row, partials.weight(chunk), row);
         add_rows(features, row, count, row, partials.bias(chunk));
       }
       if (p.grad_input.data != nullptr) {

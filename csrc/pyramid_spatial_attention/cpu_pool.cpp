@@ -58,9 +58,9 @@ void forward(const PyramidConvParams& p, bool pooled) {
       const int64_t n = task / per_row / p.out_height;
       const int count = std::min(kBlock, p.out_width - x);
       const Row<A> read = features.read(n, y, x, count, rows.data(), row);
-      fill_rows(bias.data(), out, count, sums.data(), out);
-      product.add(read.data, read.stride, count, sums.data(), out, scratch.data());
-      write_activated(sums.data(), out, count, p.out_channels, slope, p.output, n, y, x);
+      product.set(read.data, read.stride, count, sums.data(), out, scratch.data());
+      write_activated(sums.data(), out, count, p.out_channels, bias.data(), slope, p.output, n, y,
+                      x);
     }
   });
 }
@@ -144,6 +144,7 @@ void backward(const PyramidConvParams& p, bool pooled) {
     // The product for the weight reads a tile of rows beyond the last gradient.
     Buffer<A> pixels(pad * row), grads(pad * out + kRowPad), results(pad * out), inputs(pad * row);
     Buffer<uint16_t> scratch(product.scratch(block), false);
+    PixelProduct<A> by_pixels(block, p.out_channels, row, p.dtype);
     Unpooler<A> unpooler(p);
     const auto read_grads = [&](int64_t n, int y, int x, int count) {
       copy_row(p.grad_output, n, y, x, count, p.out_channels, grads.data(), out);
@@ -172,8 +173,8 @@ void backward(const PyramidConvParams& p, bool pooled) {
         read_grads(n, y, x, count);
         if (need_weight) {
           const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
-          multiply(Matrix<A>{grads.data(), 1, out}, read.data, read.stride, p.out_channels, count,
-                   row, partials.weight(chunk), row, true);
+          by_pixels.set_left(grads.data(), out, count);
+          by_pixels.add(read.data, read.stride, row, partials.weight(chunk), row);
           add_rows(grads.data(), out, count, out, partials.bias(chunk));
         }
         if (!need_input) continue;

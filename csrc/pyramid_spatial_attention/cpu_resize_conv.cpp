@@ -6,7 +6,7 @@
 // and their resized, shifted planes are added up, first along x, then along y:
 //   Z[ky](i, X) = sum over kx and the columns x that make X + kx - 1 of weight * P[ky, kx](i, x)
 //   output(Y, X) = bias + sum over ky and the rows i that make Y + ky - 1 of weight * Z[ky](i, X)
-// A tap outside the large map has no terms. At the size of the input this is the plain convolution.
+// A tap outside the large map has no terms. At the size of the input, see cpu_conv_3x3.cpp.
 // Backward is the transpose: Z and P become the gradients of what they are here.
 #include "common/parallel.h"
 #include "pyramid_spatial_attention/resize.h"
@@ -100,9 +100,8 @@ class Strip {
       with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
         combine<decltype(level)>(parts, count, size, sums_.data());
       });
-      finish();
-      write_row(sums_.data(), plan_.out, columns.size(), p_.out_channels, p_.output, n, y,
-                columns.begin);
+      write_activated(sums_.data(), plan_.out, columns.size(), p_.out_channels, bias_,
+                      static_cast<A>(p_.negative_slope), p_.output, n, y, columns.begin);
     }
   }
 
@@ -140,18 +139,6 @@ class Strip {
                                    mixed + (int64_t{ky} * kStrip + x - columns_.begin) * plan_.out);
         }
       }
-    });
-  }
-
-  void finish() {
-    A* sums = sums_.data();
-    const A* bias = bias_;
-    const A slope = static_cast<A>(p_.negative_slope);
-    const int count = columns_.size(), out = plan_.out;
-    for_rows<A>(count, out, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-      using V = typename decltype(type)::type;
-      A* at = sums + i * out + c;
-      store<V>(at, leaky_relu(load<V>(at) + load<V>(bias + c), slope));
     });
   }
 
@@ -220,7 +207,8 @@ class BackwardStrip {
         grads_(0),
         results_(0),
         mixed_(0),
-        scratch_(product.scratch(kBackwardStrip), false) {}
+        scratch_(product.scratch(kBackwardStrip), false),
+        by_pixels_(kBackwardStrip, p.channels, 9 * plan.out, p.dtype) {}
 
   // Input row i of the columns: adds to the gradient of the weight, writes that of the input.
   void run(int64_t n, int i, Range columns, bool same_strip, A* grad_weight, A* grad_bias) {
@@ -239,8 +227,8 @@ class BackwardStrip {
     if (grad_weight != nullptr) {
       copy_row(p_.input, n, i, columns.begin, columns.size(), p_.channels, pixels_.data(),
                plan_.depth);
-      multiply(Matrix<A>{pixels_.data(), 1, plan_.depth}, products_.data(), row, p_.channels,
-               columns.size(), row, grad_weight, row, true);
+      by_pixels_.set_left(pixels_.data(), plan_.depth, columns.size());
+      by_pixels_.add(products_.data(), row, row, grad_weight, row);
       // Each output adds to the central taps with weights whose sum is 1.
       add_rows(products_.data() + 4 * plan_.out, row, columns.size(), plan_.out, grad_bias);
     }
@@ -331,6 +319,7 @@ class BackwardStrip {
   const Product<A>& product_;
   Buffer<A> pixels_, products_, inputs_, grads_, results_, mixed_;
   Buffer<uint16_t> scratch_;
+  PixelProduct<A> by_pixels_;
   std::vector<Part<A>> parts_;
   int held_[kSlots];
 };
@@ -388,10 +377,12 @@ void backward(const PyramidConvParams& p) {
 
 int launch_resize_conv_forward(const PyramidConvParams& p, void*) {
   if (p.batch == 0 || p.out_channels == 0) return 0;
+  if (p.height == p.out_height && p.width == p.out_width) return launch_conv_3x3_forward(p);
   return with_accumulator(p.dtype, [&](auto a) { forward<decltype(a)>(p); });
 }
 
 int launch_resize_conv_backward(const PyramidConvParams& p, void*) {
+  if (p.height == p.out_height && p.width == p.out_width) return launch_conv_3x3_backward(p);
   return with_accumulator(p.dtype, [&](auto a) { backward<decltype(a)>(p); });
 }
 
