@@ -34,7 +34,7 @@ struct Task {
         begin(static_cast<int>(index % cut.bands) * kBand),
         end(std::min(begin + kBand, cut.height)),
         x(static_cast<int>(index / cut.bands % cut.strips) * cut.strip),
-        count(std::clamp(cut.width - x, 0, cut.strip)) {}
+        count(std::min(cut.width - x, cut.strip)) {}
 
   int64_t n;
   int begin, end, x, count;  // rows, first column, columns
@@ -151,10 +151,8 @@ void backward(const PyramidConvParams& p) {
       windows.start(task);
       const auto read = [&](int y, int x, int count, A* grads) {
         copy_row(p.grad_output, task.n, y, x, count, p.out_channels, grads, out);
-        if (slope == A{1}) return;
-        const Row<A> read =
-            read_row(result, task.n, y, x, count, p.out_channels, results.data(), out);
-        activate_backward(read, count, p.out_channels, slope, grads, out);
+        activate_backward(result, task.n, y, x, count, p.out_channels, slope, grads, out,
+                          results.data());
       };
       for (int y = task.begin; y < task.end; ++y) {
         if (need_weight) {

@@ -48,6 +48,7 @@ void forward(const PyramidConvParams& p, bool pooled) {
 
   const A slope = static_cast<A>(p.negative_slope);
   const int64_t per_row = divide_up(p.out_width, kBlock);
+  const bool direct = !pooled && product.in_bf16() && lies_as<BFloat16>(p.input);
   parallel_for(0, p.batch * p.out_height * per_row, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, pooled, kBlock);
     Buffer<A> rows(size_t{padded_rows(kBlock)} * row), sums(size_t{padded_rows(kBlock)} * out);
@@ -57,8 +58,13 @@ void forward(const PyramidConvParams& p, bool pooled) {
       const int y = static_cast<int>(task / per_row % p.out_height);
       const int64_t n = task / per_row / p.out_height;
       const int count = std::min(kBlock, p.out_width - x);
-      const Row<A> read = features.read(n, y, x, count, rows.data(), row);
-      product.set(read.data, read.stride, count, sums.data(), out, scratch.data());
+      if (direct) {
+        product.set(pixel_at<BFloat16>(p.input, n, y, x), p.input.stride[3], count, sums.data(),
+                    out, scratch.data());
+      } else {
+        const Row<A> read = features.read(n, y, x, count, rows.data(), row);
+        product.set(read.data, read.stride, count, sums.data(), out, scratch.data());
+      }
       write_activated(sums.data(), out, count, p.out_channels, bias.data(), slope, p.output, n, y,
                       x);
     }
@@ -148,9 +154,8 @@ void backward(const PyramidConvParams& p, bool pooled) {
     Unpooler<A> unpooler(p);
     const auto read_grads = [&](int64_t n, int y, int x, int count) {
       copy_row(p.grad_output, n, y, x, count, p.out_channels, grads.data(), out);
-      if (slope == A{1}) return;
-      const Row<A> read = read_row(result, n, y, x, count, p.out_channels, results.data(), out);
-      activate_backward(read, count, p.out_channels, slope, grads.data(), out);
+      activate_backward(result, n, y, x, count, p.out_channels, slope, grads.data(), out,
+                        results.data());
     };
     const auto to_input = [&](int64_t n, int y, int x, int count, bool closing) {
       product.set(grads.data(), out, count, inputs.data(), row, scratch.data());

@@ -14,8 +14,9 @@
 namespace mafnet {
 namespace {
 
-// Columns of output in a strip: P and the rows of Z that are alive stay in the second cache.
-constexpr int kStrip = 64;
+// Columns of output in a strip, at most: P and the rows of Z that are alive stay in the second
+// cache.
+constexpr int kStrip = 96;
 // Columns of input in a strip of backward, long enough for the sums of the weight's gradient to
 // pay.
 constexpr int kBackwardStrip = 96;
@@ -152,6 +153,11 @@ class Strip {
   int held_[kSlots];
 };
 
+// Strips of equal width but for the last.
+Range strip_at(const PyramidConvParams& p, int strip, int width) {
+  return {strip * width, std::min(p.out_width, (strip + 1) * width)};
+}
+
 template <typename A>
 void forward(const PyramidConvParams& p) {
   const Plan<A> plan(p);
@@ -166,9 +172,10 @@ void forward(const PyramidConvParams& p) {
   prepare(p.output, p.batch, int64_t{p.out_channels} * p.out_height * p.out_width);
 
   const int strips = static_cast<int>(divide_up(p.out_width, kStrip));
+  const int width = static_cast<int>(divide_up(p.out_width, strips));
   int most = 0;
   for (int s = 0; s < strips; ++s) {
-    const Range columns{s * kStrip, std::min(p.out_width, (s + 1) * kStrip)};
+    const Range columns = strip_at(p, s, width);
     most = std::max(most, touched(plan.columns, p.out_width, columns.begin, columns.end).size());
   }
   // Bands only as many as threads need: each begins with rows of Z that its neighbour made, too.
@@ -181,10 +188,10 @@ void forward(const PyramidConvParams& p) {
     Strip<A> strip(p, plan, product, bias.data(), most);
     for (int64_t task = begin; task < end; ++task) {
       const int first = static_cast<int>(task % bands) * band;
-      const int x = static_cast<int>(task / bands % strips) * kStrip;
+      const int at = static_cast<int>(task / bands % strips);
       strip.run(task / bands / strips,
                 {std::min(first, p.out_height), std::min(first + band, p.out_height)},
-                {x, std::min(p.out_width, x + kStrip)});
+                strip_at(p, at, width));
     }
   });
 }
@@ -258,12 +265,8 @@ class BackwardStrip {
     if (held_[slot] == y) return grads;
     held_[slot] = y;
     copy_row(p_.grad_output, n, y, used.begin, used.size(), p_.out_channels, grads, plan_.out);
-    const A slope = static_cast<A>(p_.negative_slope);
-    if (slope != A{1}) {
-      const Row<A> result = read_row(as_source(p_.output), n, y, used.begin, used.size(),
-                                     p_.out_channels, results_.data(), plan_.out);
-      activate_backward(result, used.size(), p_.out_channels, slope, grads, plan_.out);
-    }
+    activate_backward(as_source(p_.output), n, y, used.begin, used.size(), p_.out_channels,
+                      static_cast<A>(p_.negative_slope), grads, plan_.out, results_.data());
     return grads;
   }
 

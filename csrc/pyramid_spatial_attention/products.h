@@ -19,6 +19,8 @@ class Product {
         in_bf16_(dtype == Dtype::kBFloat16 && has_bf16_products()) {}
 
   int columns() const { return columns_; }
+  // Whether factors are rounded to bfloat16; then rows may be BFloat16 below.
+  bool in_bf16() const { return in_bf16_; }
 
   // Elements rows x count of the matrix from a weight of some dtype.
   void load(const Elements<const void*>& from, int rows, int count, int row, int column) {
@@ -38,8 +40,9 @@ class Product {
     return in_bf16_ ? bf16_elements(padded_rows(count), depth_) : 0;
   }
 
-  // sums += rows * matrix. Rows and sums have room for padded_rows(count).
-  void add(const A* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
+  // sums += rows * matrix. Sums, and rows of type A, have room for padded_rows(count).
+  template <typename T>
+  void add(const T* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
            uint16_t* scratch) const {
     if constexpr (sizeof(A) == 4) {
       if (in_bf16_) {
@@ -48,19 +51,24 @@ class Product {
         return;
       }
     }
-    multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
-             sums_stride, true);
+    if constexpr (std::is_same_v<T, A>) {
+      multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
+               sums_stride, true);
+    }
   }
 
   // sums = rows * matrix
-  void set(const A* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
+  template <typename T>
+  void set(const T* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
            uint16_t* scratch) const {
     if (in_bf16_) {
       for (int i = 0; i < count; ++i) std::fill_n(sums + i * sums_stride, columns_, A{0});
       return add(rows, stride, count, sums, sums_stride, scratch);
     }
-    multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
-             sums_stride, false);
+    if constexpr (std::is_same_v<T, A>) {
+      multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
+               sums_stride, false);
+    }
   }
 
  private:
@@ -95,8 +103,10 @@ class PixelProduct {
     }
   }
 
-  // columns is a multiple of kColumnPad; sums has room for padded_rows(lines).
-  void add(const A* right, int64_t stride, int columns, A* sums, int64_t sums_stride) {
+  // columns is a multiple of kColumnPad; sums has room for padded_rows(lines). T is A, or BFloat16
+  // where products are.
+  template <typename T>
+  void add(const T* right, int64_t stride, int columns, A* sums, int64_t sums_stride) {
     if constexpr (sizeof(A) == 4) {
       if (in_bf16_) {
         pack_bf16_columns(right, stride, count_, columns, packed_right_.data());
@@ -105,7 +115,9 @@ class PixelProduct {
         return;
       }
     }
-    multiply(left_, right, stride, lines_, count_, columns, sums, sums_stride, true);
+    if constexpr (std::is_same_v<T, A>) {
+      multiply(left_, right, stride, lines_, count_, columns, sums, sums_stride, true);
+    }
   }
 
  private:

@@ -8,6 +8,7 @@
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/pixels.h"
+#include "common/stored.h"
 #include "common/vectors.h"
 #include "pyramid_spatial_attention/params.h"
 
@@ -17,8 +18,13 @@ constexpr int padded_columns(int columns) { return round_up(columns, kColumnPad)
 // A multiple of the rows of every tile, of floats and of bfloat16.
 constexpr int padded_rows(int rows) { return round_up(rows, 2 * kRowPad); }
 
-template <typename A>
-constexpr Dtype kDense = sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+using torch::headeronly::BFloat16;
+
+// Of T, one of double, float and BFloat16.
+template <typename T>
+constexpr Dtype kDense = sizeof(T) == 8   ? Dtype::kFloat64
+                         : sizeof(T) == 4 ? Dtype::kFloat32
+                                          : Dtype::kBFloat16;
 
 // Pixel i of a row has its channels at data + i * stride.
 template <typename A>
@@ -32,15 +38,29 @@ int64_t element_at(const ImageOf<Pointer>& image, int64_t n, int64_t y, int64_t 
   return n * image.stride[0] + y * image.stride[2] + x * image.stride[3];
 }
 
+// Whether the channels of an image lie side by side as elements of type T.
+template <typename T, typename Pointer>
+bool lies_as(const ImageOf<Pointer>& image) {
+  return image.dtype == kDense<T> && image.stride[1] == 1;
+}
+
+// The first channel of a pixel of an image that lies as T.
+template <typename T>
+const T* pixel_at(const Source& image, int64_t n, int64_t y, int64_t x) {
+  return static_cast<const T*>(image.data) + element_at(image, n, y, x);
+}
+template <typename T>
+T* pixel_at(const Target& image, int64_t n, int64_t y, int64_t x) {
+  return static_cast<T*>(image.data) + element_at(image, n, y, x);
+}
+
 // The pixels (y, x) ... (y, x + count - 1) where they lie, if that is in channels of type A side by
 // side, else gathered into buffer.
 template <typename A>
 Row<A> read_row(const Source& image, int64_t n, int64_t y, int64_t x, int count, int channels,
                 A* buffer, int64_t buffer_stride) {
+  if (lies_as<A>(image)) return {pixel_at<A>(image, n, y, x), image.stride[3]};
   const int64_t first = element_at(image, n, y, x);
-  if (image.dtype == kDense<A> && image.stride[1] == 1) {
-    return {static_cast<const A*>(image.data) + first, image.stride[3]};
-  }
   gather_pixels({image.data, image.dtype, first, image.stride[3], image.stride[1]}, count, channels,
                 buffer, buffer_stride);
   return {buffer, buffer_stride};
@@ -109,28 +129,42 @@ void for_rows(int count, int channels, const Body& body) {
 template <typename A>
 void write_activated(A* rows, int64_t stride, int count, int channels, const A* bias, A slope,
                      const Target& image, int64_t n, int64_t y, int64_t x) {
-  const bool dense = image.dtype == kDense<A> && image.stride[1] == 1;
-  A* to = dense ? static_cast<A*>(image.data) + element_at(image, n, y, x) : rows;
-  const int64_t to_stride = dense ? image.stride[3] : stride;
-  for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-    using V = typename decltype(type)::type;
-    const V sum = load<V>(rows + i * stride + c) + load<V>(bias + c);
-    store<V>(to + i * to_stride + c, leaky_relu(sum, slope));
-  });
-  if (!dense) write_row(rows, stride, count, channels, image, n, y, x);
+  const auto write = [&](auto* to, int64_t to_stride) {
+    for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      const V sum = load<V>(rows + i * stride + c) + load<V>(bias + c);
+      store_stored<V>(to + i * to_stride + c, leaky_relu(sum, slope));
+    });
+  };
+  if (lies_as<A>(image)) return write(pixel_at<A>(image, n, y, x), image.stride[3]);
+  if constexpr (sizeof(A) == 4) {
+    if (lies_as<BFloat16>(image)) return write(pixel_at<BFloat16>(image, n, y, x), image.stride[3]);
+  }
+  write(rows, stride);
+  write_row(rows, stride, count, channels, image, n, y, x);
 }
 
 // grad *= the slope of leaky_relu, told from its output: the slope is not negative, so that only a
-// positive argument gives a positive output.
+// positive argument gives a positive output. buffer has room for the pixels.
 template <typename A>
-void activate_backward(const Row<A>& output, int count, int channels, A slope, A* grad,
-                       int64_t stride) {
-  for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-    using V = typename decltype(type)::type;
-    A* at = grad + i * stride + c;
-    const V g = load<V>(at), small = slope * g;
-    store<V>(at, (load<V>(output.data + i * output.stride + c) > V{}) ? g : small);
-  });
+void activate_backward(const Source& output, int64_t n, int64_t y, int64_t x, int count,
+                       int channels, A slope, A* grad, int64_t stride, A* buffer) {
+  if (slope == A{1}) return;
+  const auto multiply = [&](const auto* from, int64_t from_stride) {
+    for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      A* at = grad + i * stride + c;
+      const V g = load<V>(at), small = slope * g;
+      store<V>(at, (load_stored<V>(from + i * from_stride + c) > V{}) ? g : small);
+    });
+  };
+  if constexpr (sizeof(A) == 4) {
+    if (lies_as<BFloat16>(output)) {
+      return multiply(pixel_at<BFloat16>(output, n, y, x), output.stride[3]);
+    }
+  }
+  const Row<A> read = read_row(output, n, y, x, count, channels, buffer, stride);
+  multiply(read.data, read.stride);
 }
 
 template <typename A>
