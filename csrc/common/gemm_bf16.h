@@ -29,7 +29,8 @@ inline PackedColumn packed_column(int k) {
 // Elements of `lines` rows of A, or columns of B, of some depth when packed.
 int64_t bf16_elements(int lines, int depth);
 
-// From rows of floats, or of bfloat16, to packed rows of A; depth is padded with zeros, rows with what there was.
+// From rows of floats, or of bfloat16, to packed rows of A; depth is padded with zeros, rows with
+// what there was.
 void pack_bf16_rows(const float* a, int64_t a_row, int rows, int depth, uint16_t* packed);
 void pack_bf16_rows(const torch::headeronly::BFloat16* a, int64_t a_row, int rows, int depth,
                     uint16_t* packed);

@@ -150,9 +150,8 @@ void backward(const PyramidConvParams& p) {
       const Task task(cut, index);
       windows.start(task);
       const auto read = [&](int y, int x, int count, A* grads) {
-        copy_row(p.grad_output, task.n, y, x, count, p.out_channels, grads, out);
-        activate_backward(result, task.n, y, x, count, p.out_channels, slope, grads, out,
-                          results.data());
+        read_gradients(p.grad_output, result, task.n, y, x, count, p.out_channels, slope, grads,
+                       out, results.data());
       };
       for (int y = task.begin; y < task.end; ++y) {
         if (need_weight) {
@@ -167,7 +166,8 @@ void backward(const PyramidConvParams& p) {
           if (below < 0 || below >= p.height) continue;
           const A* grads = windows.row(below, read);
           if (need_weight) {
-            by_pixels.add(grads, out, 3 * out, partials.weight(index / per_chunk) + 3 * ky * out, row);
+            by_pixels.add(grads, out, 3 * out, partials.weight(index / per_chunk) + 3 * ky * out,
+                          row);
           }
           if (need_input) {
             products[ky].add(grads, out, task.count, inputs.data(), depth, scratch.data());

@@ -145,8 +145,7 @@ void forward(const SpatialGateParams& p) {
         for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
           using V = typename decltype(type)::type;
           const V feature = leaky_relu(load<V>(features + i * row + c) + load<V>(bias + c), slope);
-          const V from =
-              from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
+          const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
           const V gated = sigmoid(from, A{}) * scale;
           store_stored<V>(out + i * out_stride + c,
                           load_stored<V>(input.data + i * input.stride + c) * gated + feature);
@@ -285,8 +284,7 @@ void backward(const SpatialGateParams& p) {
           const V g = load_stored<V>(grad.data + i * grad.stride + c);
           const V before = load<V>(features + at) + load<V>(bias + c);
           const V feature = leaky_relu(before, slope);
-          const V from =
-              from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
+          const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
           const V gated = sigmoid(from, A{});
           if (to_input != nullptr) store_stored<V>(to_input + i * to_stride + c, g * gated * scale);
           const V to_gate = g * in * scale * (gated * (A{1} - gated));

@@ -143,6 +143,8 @@ void backward(const PyramidConvParams& p, bool pooled) {
   Partials<A> partials(static_cast<int>(chunks), p.out_channels, row, out, need_weight);
   const A slope = static_cast<A>(p.negative_slope);
   const Source result = as_source(p.output);
+  // Whole vectors of pixels are read, which those of other numbers of channels would run over.
+  const bool direct = !pooled && product.in_bf16() && lies_as<BFloat16>(p.input) && depth == row;
 
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, pooled, block);
@@ -153,9 +155,8 @@ void backward(const PyramidConvParams& p, bool pooled) {
     PixelProduct<A> by_pixels(block, p.out_channels, row, p.dtype);
     Unpooler<A> unpooler(p);
     const auto read_grads = [&](int64_t n, int y, int x, int count) {
-      copy_row(p.grad_output, n, y, x, count, p.out_channels, grads.data(), out);
-      activate_backward(result, n, y, x, count, p.out_channels, slope, grads.data(), out,
-                        results.data());
+      read_gradients(p.grad_output, result, n, y, x, count, p.out_channels, slope, grads.data(),
+                     out, results.data());
     };
     const auto to_input = [&](int64_t n, int y, int x, int count, bool closing) {
       product.set(grads.data(), out, count, inputs.data(), row, scratch.data());
@@ -177,9 +178,14 @@ void backward(const PyramidConvParams& p, bool pooled) {
         if (y == 0) unpooler.start();
         read_grads(n, y, x, count);
         if (need_weight) {
-          const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
           by_pixels.set_left(grads.data(), out, count);
-          by_pixels.add(read.data, read.stride, row, partials.weight(chunk), row);
+          if (direct) {
+            by_pixels.add(pixel_at<BFloat16>(p.input, n, y, x), p.input.stride[3], row,
+                          partials.weight(chunk), row);
+          } else {
+            const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
+            by_pixels.add(read.data, read.stride, row, partials.weight(chunk), row);
+          }
           add_rows(grads.data(), out, count, out, partials.bias(chunk));
         }
         if (!need_input) continue;

@@ -264,9 +264,9 @@ class BackwardStrip {
     A* grads = grads_.data() + static_cast<int64_t>(slot) * used.size() * plan_.out;
     if (held_[slot] == y) return grads;
     held_[slot] = y;
-    copy_row(p_.grad_output, n, y, used.begin, used.size(), p_.out_channels, grads, plan_.out);
-    activate_backward(as_source(p_.output), n, y, used.begin, used.size(), p_.out_channels,
-                      static_cast<A>(p_.negative_slope), grads, plan_.out, results_.data());
+    read_gradients(p_.grad_output, as_source(p_.output), n, y, used.begin, used.size(),
+                   p_.out_channels, static_cast<A>(p_.negative_slope), grads, plan_.out,
+                   results_.data());
     return grads;
   }
 

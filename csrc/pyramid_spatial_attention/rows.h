@@ -144,27 +144,31 @@ void write_activated(A* rows, int64_t stride, int count, int channels, const A* 
   write_row(rows, stride, count, channels, image, n, y, x);
 }
 
-// grad *= the slope of leaky_relu, told from its output: the slope is not negative, so that only a
-// positive argument gives a positive output. buffer has room for the pixels.
+// grads = grad_output times the slope of leaky_relu, told from its output: the slope is not
+// negative, so that only a positive argument gives a positive output. buffer has room for the
+// pixels.
 template <typename A>
-void activate_backward(const Source& output, int64_t n, int64_t y, int64_t x, int count,
-                       int channels, A slope, A* grad, int64_t stride, A* buffer) {
-  if (slope == A{1}) return;
-  const auto multiply = [&](const auto* from, int64_t from_stride) {
+void read_gradients(const Source& grad_output, const Source& output, int64_t n, int64_t y,
+                    int64_t x, int count, int channels, A slope, A* grads, int64_t stride,
+                    A* buffer) {
+  if (slope == A{1}) return copy_row(grad_output, n, y, x, count, channels, grads, stride);
+  const auto read = [&](auto* from, int64_t from_stride, auto* out, int64_t out_stride) {
     for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
       using V = typename decltype(type)::type;
-      A* at = grad + i * stride + c;
-      const V g = load<V>(at), small = slope * g;
-      store<V>(at, (load_stored<V>(from + i * from_stride + c) > V{}) ? g : small);
+      const V g = load_stored<V>(from + i * from_stride + c), small = slope * g;
+      const V result = load_stored<V>(out + i * out_stride + c);
+      store<V>(grads + i * stride + c, (result > V{}) ? g : small);
     });
   };
   if constexpr (sizeof(A) == 4) {
-    if (lies_as<BFloat16>(output)) {
-      return multiply(pixel_at<BFloat16>(output, n, y, x), output.stride[3]);
+    if (lies_as<BFloat16>(grad_output) && lies_as<BFloat16>(output)) {
+      return read(pixel_at<BFloat16>(grad_output, n, y, x), grad_output.stride[3],
+                  pixel_at<BFloat16>(output, n, y, x), output.stride[3]);
     }
   }
-  const Row<A> read = read_row(output, n, y, x, count, channels, buffer, stride);
-  multiply(read.data, read.stride);
+  const Row<A> grad = read_row(grad_output, n, y, x, count, channels, grads, stride);
+  const Row<A> result = read_row(output, n, y, x, count, channels, buffer, stride);
+  read(grad.data, grad.stride, result.data, result.stride);
 }
 
 template <typename A>
