@@ -50,6 +50,12 @@ MAFNET_TARGET_BF16 MAFNET_INLINE __m512 load_some(const float* from, int count) 
   return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1, from);
 }
 
+// 16 elements, or zeros, each in the lower half of a lane.
+MAFNET_TARGET_BF16 MAFNET_INLINE __m512i load_halves(const torch::headeronly::BFloat16* from,
+                                                     bool there) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there ? 0xffff : 0, from));
+}
+
 // kRows rows, which divide those of a tile, and kVectors tiles of columns.
 template <int kRows, int kVectors>
 MAFNET_TARGET_BF16 void multiply_vectors(const uint16_t* a, const uint16_t* b, int64_t b_step,
@@ -178,6 +184,20 @@ MAFNET_TARGET_BF16 void pack_bf16_rows(const float* a, int64_t a_row, int rows, 
   }
 }
 
+MAFNET_TARGET_BF16 void pack_bf16_rows(const torch::headeronly::BFloat16* a, int64_t a_row,
+                                       int rows, int depth, uint16_t* packed) {
+  const int64_t next = int64_t{depth_tiles(depth)} * kTile;
+  for (int r = 0; r < rows; ++r) {
+    const auto* from = a + r * a_row;
+    uint16_t* to = packed + r / kTileRows * next + r % kTileRows * kTileDepth;
+    for (int k = 0; k < depth; k += kTileDepth, to += kTile) {
+      const int left = depth - k;
+      const uint32_t there = left >= kTileDepth ? ~0u : (1u << left) - 1;
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(there, from + k));
+    }
+  }
+}
+
 MAFNET_TARGET_BF16 void pack_bf16_columns(const float* b, int64_t b_row, int depth, int columns,
                                           uint16_t* packed) {
   const int64_t step = int64_t{columns} * kTileDepth;
@@ -197,6 +217,20 @@ MAFNET_TARGET_BF16 void pack_bf16_columns(const float* b, int64_t b_row, int dep
   }
 }
 
+MAFNET_TARGET_BF16 void pack_bf16_columns(const torch::headeronly::BFloat16* b, int64_t b_row,
+                                          int depth, int columns, uint16_t* packed) {
+  const int64_t step = int64_t{columns} * kTileDepth;
+  for (int k = 0; k < depth_tiles(depth) * kTileDepth; k += 2) {
+    uint16_t* to = packed + k / kTileDepth * step + k % kTileDepth / 2 * kTileDepth;
+    for (int n = 0; n < columns; n += kTileRows, to += kTile) {
+      const auto* from = b + k * b_row + n;
+      const __m512i first = load_halves(from, k < depth);
+      const __m512i second = load_halves(from + b_row, k + 1 < depth);
+      _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    }
+  }
+}
+
 void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth, int columns, float* c,
                    int64_t c_row) {
 #if defined(MAFNET_HAS_TILES)
@@ -209,7 +243,9 @@ void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth, in
 #else
 
 void pack_bf16_rows(const float*, int64_t, int, int, uint16_t*) {}
+void pack_bf16_rows(const torch::headeronly::BFloat16*, int64_t, int, int, uint16_t*) {}
 void pack_bf16_columns(const float*, int64_t, int, int, uint16_t*) {}
+void pack_bf16_columns(const torch::headeronly::BFloat16*, int64_t, int, int, uint16_t*) {}
 void multiply_bf16(const uint16_t*, const uint16_t*, int, int, int, float*, int64_t) {}
 
 #endif

@@ -3,6 +3,8 @@
 // packed; numbers below the normal range, of factors and of sums, count as zero.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <cstdint>
 
 #include "common/simd.h"
@@ -27,14 +29,19 @@ inline PackedColumn packed_column(int k) {
 // Elements of `lines` rows of A, or columns of B, of some depth when packed.
 int64_t bf16_elements(int lines, int depth);
 
-// From rows of floats to packed rows of A; depth is padded with zeros, rows with what there was.
+// From rows of floats, or of bfloat16, to packed rows of A; depth is padded with zeros, rows with
+// what there was.
 void pack_bf16_rows(const float* a, int64_t a_row, int rows, int depth, uint16_t* packed);
+void pack_bf16_rows(const torch::headeronly::BFloat16* a, int64_t a_row, int rows, int depth,
+                    uint16_t* packed);
 
 // Zeros in the padding of packed rows of some depth, for those who write the rest themselves.
 void pad_bf16_rows(int rows, int depth, uint16_t* packed);
 
-// From depth x columns floats to packed columns of B; columns is a multiple of 16.
+// From depth x columns likewise to packed columns of B; columns is a multiple of 16.
 void pack_bf16_columns(const float* b, int64_t b_row, int depth, int columns, uint16_t* packed);
+void pack_bf16_columns(const torch::headeronly::BFloat16* b, int64_t b_row, int depth, int columns,
+                       uint16_t* packed);
 
 // C += A B; C has room for rows up to a multiple of 16. An element sums up in an order that depth
 // alone decides.

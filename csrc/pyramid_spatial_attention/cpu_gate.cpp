@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/parallel.h"
-#include "pyramid_spatial_attention/rows.h"
+#include "pyramid_spatial_attention/products.h"
 
 namespace mafnet {
 namespace {
@@ -92,56 +92,70 @@ struct Block {
         values(size),
         scratch(gate.product.scratch(kBlock), false) {}
 
-  void read(const SpatialGateParams& p, const Gate<A>& gate, int64_t index) {
+  void start(const SpatialGateParams& p, const Gate<A>& gate, int64_t index) {
     x = static_cast<int>(index % gate.per_row) * kBlock;
     y = static_cast<int>(index / gate.per_row % p.height);
     n = index / gate.per_row / p.height;
     count = std::min(kBlock, p.width - x);
-    mask = rows_of(p.mask, n, y, x, count, p.width, p.channels, masks.data(), gate.row);
-    fill_rows(gate.bias.data(), gate.row, count, features.data(), gate.row);
-    gate.product.add(mask.data, mask.stride, count, features.data(), gate.row, scratch.data());
+  }
+  // What product() and for_rows read: masks where they lie if that is as T, else as rows.
+  template <typename T>
+  Row<T> read_mask(const SpatialGateParams& p, const Gate<A>& gate) {
+    if constexpr (std::is_same_v<T, A>) {
+      return rows_of(p.mask, n, y, x, count, p.width, p.channels, masks.data(), gate.row);
+    } else {
+      return read<T>(p.mask, p, gate, masks);
+    }
+  }
+  template <typename T>
+  Row<T> read(const Source& image, const SpatialGateParams& p, const Gate<A>& gate,
+              Buffer<A>& buffer) {
+    if constexpr (std::is_same_v<T, A>) {
+      return read_row(image, n, y, x, count, p.channels, buffer.data(), gate.row);
+    } else {
+      return {pixel_at<T>(image, n, y, x), image.stride[3]};
+    }
   }
 
   size_t size;
   int64_t n = 0;
   int y = 0, x = 0, count = 0;
   Row<A> mask{nullptr, 0};
-  Buffer<A> masks, features, values;  // features before their activation
+  Buffer<A> masks, features, values;  // features before their bias and activation
   Buffer<uint16_t> scratch;
 };
 
-template <typename A>
+// T is A, or BFloat16 where all images lie so.
+template <typename A, typename T>
 void forward(const SpatialGateParams& p) {
   const Gate<A> gate(p);
   prepare(p.output, p.batch, int64_t{p.channels} * p.height * p.width);
   parallel_for(0, p.batch * p.height * gate.per_row, 1, [&](int64_t begin, int64_t end) {
     Block<A> block(gate);
     for (int64_t index = begin; index < end; ++index) {
-      block.read(p, gate, index);
-      const Row<A> input = read_row(p.input, block.n, block.y, block.x, block.count, p.channels,
-                                    block.values.data(), gate.row);
+      block.start(p, gate, index);
+      const Row<T> mask = block.template read_mask<T>(p, gate);
+      const Row<T> input = block.template read<T>(p.input, p, gate, block.values);
       A* features = block.features.data();
-      const bool dense = p.output.dtype == kDense<A> && p.output.stride[1] == 1;
-      A* out = features;
-      int64_t out_stride = gate.row;
-      if (dense) {
-        out = static_cast<A*>(p.output.data) + element_at(p.output, block.n, block.y, block.x);
-        out_stride = p.output.stride[3];
-      }
-      const Row<A> mask = block.mask;
-      const A scale = gate.scale, slope = gate.slope;
+      const A scale = gate.scale, slope = gate.slope, *bias = gate.bias.data();
       const int row = gate.row, channels = p.channels, count = block.count;
       const bool from_feature = p.from_feature;
-      for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const V feature = leaky_relu(load<V>(features + i * row + c), slope);
-        const V from = from_feature ? feature : load<V>(mask.data + i * mask.stride + c);
-        const V gated = sigmoid(from, A{}) * scale;
-        store<V>(out + i * out_stride + c,
-                 load<V>(input.data + i * input.stride + c) * gated + feature);
-      });
-      if (!dense) {
-        write_row(out, row, count, channels, p.output, block.n, block.y, block.x);
+      gate.product.set(mask.data, mask.stride, count, features, row, block.scratch.data());
+      const auto write = [&](auto* out, int64_t out_stride) {
+        for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+          using V = typename decltype(type)::type;
+          const V feature = leaky_relu(load<V>(features + i * row + c) + load<V>(bias + c), slope);
+          const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
+          const V gated = sigmoid(from, A{}) * scale;
+          store_stored<V>(out + i * out_stride + c,
+                          load_stored<V>(input.data + i * input.stride + c) * gated + feature);
+        });
+      };
+      if (lies_as<T>(p.output)) {
+        write(pixel_at<T>(p.output, block.n, block.y, block.x), p.output.stride[3]);
+      } else {
+        write(features, row);
+        write_row(features, row, count, channels, p.output, block.n, block.y, block.x);
       }
     }
   });
@@ -230,7 +244,7 @@ void forward_planes(const SpatialGateParams& p) {
   });
 }
 
-template <typename A>
+template <typename A, typename T>
 void backward(const SpatialGateParams& p) {
   const Gate<A> gate(p);
   const int row = gate.row, channels = p.channels;
@@ -249,42 +263,51 @@ void backward(const SpatialGateParams& p) {
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Block<A> block(gate);
     Buffer<A> outputs(block.size), to_inputs(block.size), to_masks(block.size);
+    PixelProduct<A> by_pixels(kBlock, channels, row, p.dtype);
     for (int64_t index = begin * per_chunk; index < std::min(blocks, end * per_chunk); ++index) {
-      block.read(p, gate, index);
+      block.start(p, gate, index);
       const int64_t n = block.n;
       const int y = block.y, x = block.x, count = block.count;
-      const Row<A> input = read_row(p.input, n, y, x, count, channels, block.values.data(), row);
-      const Row<A> grad = read_row(p.grad_output, n, y, x, count, channels, outputs.data(), row);
-      A *features = block.features.data(), *to_input = to_inputs.data(), *to_mask = to_masks.data();
-      const Row<A> mask = block.mask;
-      const A scale = gate.scale, slope = gate.slope;
+      const Row<T> mask = block.template read_mask<T>(p, gate);
+      const Row<T> input = block.template read<T>(p.input, p, gate, block.values);
+      const Row<T> grad = block.template read<T>(p.grad_output, p, gate, outputs);
+      A *features = block.features.data(), *to_mask = to_masks.data();
+      gate.product.set(mask.data, mask.stride, count, features, row, block.scratch.data());
+      const A scale = gate.scale, slope = gate.slope, *bias = gate.bias.data();
       const bool from_feature = p.from_feature;
       // features become the gradients of what the activation got.
-      for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const int at = i * row + c;
-        const V in = load<V>(input.data + i * input.stride + c);
-        const V g = load<V>(grad.data + i * grad.stride + c), before = load<V>(features + at);
-        const V feature = leaky_relu(before, slope);
-        const V gated =
-            sigmoid(from_feature ? feature : load<V>(mask.data + i * mask.stride + c), A{});
-        store<V>(to_input + at, g * gated * scale);
-        const V to_gate = g * in * scale * (gated * (A{1} - gated));
-        const V to_feature = from_feature ? g + to_gate : g, small = slope * to_feature;
-        store<V>(features + at, (before > V{}) ? to_feature : small);
-        store<V>(to_mask + at, from_feature ? V{} : to_gate);
-      });
+      const auto write = [&](auto* to_input, int64_t to_stride) {
+        for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+          using V = typename decltype(type)::type;
+          const int at = i * row + c;
+          const V in = load_stored<V>(input.data + i * input.stride + c);
+          const V g = load_stored<V>(grad.data + i * grad.stride + c);
+          const V before = load<V>(features + at) + load<V>(bias + c);
+          const V feature = leaky_relu(before, slope);
+          const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
+          const V gated = sigmoid(from, A{});
+          if (to_input != nullptr) store_stored<V>(to_input + i * to_stride + c, g * gated * scale);
+          const V to_gate = g * in * scale * (gated * (A{1} - gated));
+          const V to_feature = from_feature ? g + to_gate : g, small = slope * to_feature;
+          store<V>(features + at, (before > V{}) ? to_feature : small);
+          store<V>(to_mask + at, from_feature ? V{} : to_gate);
+        });
+      };
+      if (p.grad_input.data == nullptr || lies_as<T>(p.grad_input)) {
+        T* to = p.grad_input.data == nullptr ? nullptr : pixel_at<T>(p.grad_input, n, y, x);
+        write(to, p.grad_input.stride[3]);
+      } else {
+        write(to_inputs.data(), row);
+        write_row(to_inputs.data(), row, count, channels, p.grad_input, n, y, x);
+      }
       for (int i = 0; i < count; ++i) {  // what pads the channels
         std::fill(features + i * row + channels, features + (i + 1) * row, A{0});
       }
       if (need_weight) {
         const int64_t chunk = index / per_chunk;
-        multiply(Matrix<A>{features, 1, row}, mask.data, mask.stride, channels, count, row,
-                 partials.weight(chunk), row, true);
+        by_pixels.set_left(features, row, count);
+        by_pixels.add(mask.data, mask.stride, row, partials.weight(chunk), row);
         add_rows(features, row, count, row, partials.bias(chunk));
-      }
-      if (p.grad_input.data != nullptr) {
-        write_row(to_input, row, count, channels, p.grad_input, n, y, x);
       }
       if (p.grad_mask.data != nullptr) {
         product.add(features, row, count, to_mask, row, block.scratch.data());
@@ -302,20 +325,34 @@ void backward(const SpatialGateParams& p) {
   }
 }
 
+// Products in bfloat16 want pixels as rows.
+bool in_bf16(const SpatialGateParams& p) {
+  return p.dtype == Dtype::kBFloat16 && has_bf16_products();
+}
+
+// Whether all images may be read and written where they lie, whole vectors of bfloat16 at a time.
+bool all_bf16(const SpatialGateParams& p) {
+  const auto fits = [](const auto& image) {
+    return image.data == nullptr || lies_as<BFloat16>(image);
+  };
+  return in_bf16(p) && p.channels % kColumnPad == 0 && fits(p.input) && fits(p.mask) &&
+         fits(p.output) && fits(p.grad_output) && fits(p.grad_input);
+}
+
 }  // namespace
 
 int launch_spatial_gate_forward(const SpatialGateParams& p, void*) {
-  // Products in bfloat16 want pixels as rows.
-  const bool in_bf16 = p.dtype == Dtype::kBFloat16 && has_bf16_products();
-  const bool planes = !in_bf16 && is_planar(p.input) && is_planar(p.mask) && is_planar(p.output);
+  if (all_bf16(p)) return forward<float, BFloat16>(p), 0;
+  const bool planes = !in_bf16(p) && is_planar(p.input) && is_planar(p.mask) && is_planar(p.output);
   return with_accumulator(p.dtype, [&](auto a) {
     using A = decltype(a);
-    planes ? forward_planes<A>(p) : forward<A>(p);
+    planes ? forward_planes<A>(p) : forward<A, A>(p);
   });
 }
 
 int launch_spatial_gate_backward(const SpatialGateParams& p, void*) {
-  return with_accumulator(p.dtype, [&](auto a) { backward<decltype(a)>(p); });
+  if (all_bf16(p)) return backward<float, BFloat16>(p), 0;
+  return with_accumulator(p.dtype, [&](auto a) { backward<decltype(a), decltype(a)>(p); });
 }
 
 }  // namespace mafnet

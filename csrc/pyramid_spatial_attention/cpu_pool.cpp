@@ -48,6 +48,7 @@ void forward(const PyramidConvParams& p, bool pooled) {
 
   const A slope = static_cast<A>(p.negative_slope);
   const int64_t per_row = divide_up(p.out_width, kBlock);
+  const bool direct = !pooled && product.in_bf16() && lies_as<BFloat16>(p.input);
   parallel_for(0, p.batch * p.out_height * per_row, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, pooled, kBlock);
     Buffer<A> rows(size_t{padded_rows(kBlock)} * row), sums(size_t{padded_rows(kBlock)} * out);
@@ -57,10 +58,15 @@ void forward(const PyramidConvParams& p, bool pooled) {
       const int y = static_cast<int>(task / per_row % p.out_height);
       const int64_t n = task / per_row / p.out_height;
       const int count = std::min(kBlock, p.out_width - x);
-      const Row<A> read = features.read(n, y, x, count, rows.data(), row);
-      fill_rows(bias.data(), out, count, sums.data(), out);
-      product.add(read.data, read.stride, count, sums.data(), out, scratch.data());
-      write_activated(sums.data(), out, count, p.out_channels, slope, p.output, n, y, x);
+      if (direct) {
+        product.set(pixel_at<BFloat16>(p.input, n, y, x), p.input.stride[3], count, sums.data(),
+                    out, scratch.data());
+      } else {
+        const Row<A> read = features.read(n, y, x, count, rows.data(), row);
+        product.set(read.data, read.stride, count, sums.data(), out, scratch.data());
+      }
+      write_activated(sums.data(), out, count, p.out_channels, bias.data(), slope, p.output, n, y,
+                      x);
     }
   });
 }
@@ -137,6 +143,8 @@ void backward(const PyramidConvParams& p, bool pooled) {
   Partials<A> partials(static_cast<int>(chunks), p.out_channels, row, out, need_weight);
   const A slope = static_cast<A>(p.negative_slope);
   const Source result = as_source(p.output);
+  // Whole vectors of pixels are read, which those of other numbers of channels would run over.
+  const bool direct = !pooled && product.in_bf16() && lies_as<BFloat16>(p.input) && depth == row;
 
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, pooled, block);
@@ -144,12 +152,11 @@ void backward(const PyramidConvParams& p, bool pooled) {
     // The product for the weight reads a tile of rows beyond the last gradient.
     Buffer<A> pixels(pad * row), grads(pad * out + kRowPad), results(pad * out), inputs(pad * row);
     Buffer<uint16_t> scratch(product.scratch(block), false);
+    PixelProduct<A> by_pixels(block, p.out_channels, row, p.dtype);
     Unpooler<A> unpooler(p);
     const auto read_grads = [&](int64_t n, int y, int x, int count) {
-      copy_row(p.grad_output, n, y, x, count, p.out_channels, grads.data(), out);
-      if (slope == A{1}) return;
-      const Row<A> read = read_row(result, n, y, x, count, p.out_channels, results.data(), out);
-      activate_backward(read, count, p.out_channels, slope, grads.data(), out);
+      read_gradients(p.grad_output, result, n, y, x, count, p.out_channels, slope, grads.data(),
+                     out, results.data());
     };
     const auto to_input = [&](int64_t n, int y, int x, int count, bool closing) {
       product.set(grads.data(), out, count, inputs.data(), row, scratch.data());
@@ -171,9 +178,14 @@ void backward(const PyramidConvParams& p, bool pooled) {
         if (y == 0) unpooler.start();
         read_grads(n, y, x, count);
         if (need_weight) {
-          const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
-          multiply(Matrix<A>{grads.data(), 1, out}, read.data, read.stride, p.out_channels, count,
-                   row, partials.weight(chunk), row, true);
+          by_pixels.set_left(grads.data(), out, count);
+          if (direct) {
+            by_pixels.add(pixel_at<BFloat16>(p.input, n, y, x), p.input.stride[3], row,
+                          partials.weight(chunk), row);
+          } else {
+            const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
+            by_pixels.add(read.data, read.stride, row, partials.weight(chunk), row);
+          }
           add_rows(grads.data(), out, count, out, partials.bias(chunk));
         }
         if (!need_input) continue;

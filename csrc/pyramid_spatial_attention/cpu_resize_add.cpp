@@ -34,9 +34,9 @@ void mix_rows(const Source& image, int64_t n, const TermLists<A>& rows, int row,
 }
 
 // to[x] = the weighted sum of one or two pixels, plus other[x] where there is one.
-template <typename L, bool kTwo, typename A>
-MAFNET_INLINE void mix_pixel(const Term<A>* terms, int channels, const A* mixed, const A* other,
-                             A* to) {
+template <typename L, bool kTwo, typename A, typename T>
+MAFNET_INLINE void mix_pixel(const Term<A>* terms, int channels, const A* mixed, const T* other,
+                             T* to) {
   const A first = terms[0].weight, second = kTwo ? terms[1].weight : A{0};
   const A* low = mixed + int64_t{terms[0].at} * channels;
   const A* high = kTwo ? mixed + int64_t{terms[1].at} * channels : low;
@@ -44,27 +44,27 @@ MAFNET_INLINE void mix_pixel(const Term<A>* terms, int channels, const A* mixed,
     using V = typename decltype(type)::type;
     V sum = first * load<V>(low + c);
     if constexpr (kTwo) sum += second * load<V>(high + c);
-    store<V>(to + c, other == nullptr ? sum : sum + load<V>(other + c));
+    store_stored<V>(to + c, other == nullptr ? sum : sum + load_stored<V>(other + c));
   });
 }
 
 // Pixel x of `to` = the sum of the terms of x over the pixels of mixed, plus pixel x of other where
 // there is one: one pass over the row, whose sums go where they belong.
-template <typename A>
+template <typename A, typename T>
 void mix_columns(const TermLists<A>& columns, int width, int channels, const A* mixed,
-                 const Row<A>& other, std::vector<Part<A>>& parts, A* to, int64_t to_stride) {
+                 const Row<T>& other, std::vector<Part<A>>& parts, T* to, int64_t to_stride) {
   with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
     using L = decltype(level);
     for (int x = 0; x < width; ++x) {
-      const A* added = other.data == nullptr ? nullptr : other.data + x * other.stride;
-      A* at = to + x * to_stride;
+      const T* added = other.data == nullptr ? nullptr : other.data + x * other.stride;
+      T* at = to + x * to_stride;
       const Term<A>* terms = columns.begin(x);
       const int count = columns.count(x);
       if (count == 2) {
         mix_pixel<L, true>(terms, channels, mixed, added, at);
       } else if (count == 1) {
         mix_pixel<L, false>(terms, channels, mixed, added, at);
-      } else {  // backward: no other
+      } else if constexpr (std::is_same_v<T, A>) {  // backward: no other
         parts.clear();
         for (int i = 0; i < count; ++i) {
           parts.push_back({mixed + int64_t{terms[i].at} * channels, terms[i].weight});
@@ -81,7 +81,9 @@ void apply(const ResizeAddParams& p, const Source& from, int from_width, const T
            const TermLists<A>& columns, int height, int width, const Source* other,
            const Target& to) {
   prepare(to, p.batch, int64_t{p.channels} * height * width);
-  const bool in_place = to.dtype == kDense<A> && to.stride[1] == 1;
+  const bool in_place = lies_as<A>(to);
+  // Outputs without terms, or of more than two, are sums of floats.
+  const bool in_bf16 = other != nullptr && lies_as<BFloat16>(*other) && lies_as<BFloat16>(to);
   parallel_for(0, p.batch * height, 4, [&](int64_t begin, int64_t end) {
     Buffer<A> read(0), mixed(static_cast<size_t>(from_width) * p.channels, false);
     const size_t size = static_cast<size_t>(width) * p.channels;
@@ -91,13 +93,21 @@ void apply(const ResizeAddParams& p, const Source& from, int from_width, const T
       const int64_t n = r / height;
       const int y = static_cast<int>(r % height);
       mix_rows(from, n, rows, y, from_width, p.channels, parts, read, mixed.data());
+      if constexpr (sizeof(A) == 4) {
+        if (in_bf16) {
+          const Row<BFloat16> added{pixel_at<BFloat16>(*other, n, y, 0), other->stride[3]};
+          mix_columns(columns, width, p.channels, mixed.data(), added, parts,
+                      pixel_at<BFloat16>(to, n, y, 0), to.stride[3]);
+          continue;
+        }
+      }
       Row<A> added{nullptr, 0};
       if (other != nullptr) {
         added = read_row(*other, n, y, 0, width, p.channels, others.data(), p.channels);
       }
       if (in_place) {
         mix_columns(columns, width, p.channels, mixed.data(), added, parts,
-                    static_cast<A*>(to.data) + element_at(to, n, y, 0), to.stride[3]);
+                    pixel_at<A>(to, n, y, 0), to.stride[3]);
         continue;
       }
       mix_columns(columns, width, p.channels, mixed.data(), added, parts, pixels.data(),

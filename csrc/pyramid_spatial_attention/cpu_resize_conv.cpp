@@ -6,7 +6,7 @@
 // and their resized, shifted planes are added up, first along x, then along y:
 //   Z[ky](i, X) = sum over kx and the columns x that make X + kx - 1 of weight * P[ky, kx](i, x)
 //   output(Y, X) = bias + sum over ky and the rows i that make Y + ky - 1 of weight * Z[ky](i, X)
-// A tap outside the large map has no terms. At the size of the input this is the plain convolution.
+// A tap outside the large map has no terms. At the size of the input, see cpu_conv_3x3.cpp.
 // Backward is the transpose: Z and P become the gradients of what they are here.
 #include "common/parallel.h"
 #include "pyramid_spatial_attention/resize.h"
@@ -14,8 +14,9 @@
 namespace mafnet {
 namespace {
 
-// Columns of output in a strip: P and the rows of Z that are alive stay in the second cache.
-constexpr int kStrip = 64;
+// Columns of output in a strip, at most: P and the rows of Z that are alive stay in the second
+// cache.
+constexpr int kStrip = 96;
 // Columns of input in a strip of backward, long enough for the sums of the weight's gradient to
 // pay.
 constexpr int kBackwardStrip = 96;
@@ -100,9 +101,8 @@ class Strip {
       with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
         combine<decltype(level)>(parts, count, size, sums_.data());
       });
-      finish();
-      write_row(sums_.data(), plan_.out, columns.size(), p_.out_channels, p_.output, n, y,
-                columns.begin);
+      write_activated(sums_.data(), plan_.out, columns.size(), p_.out_channels, bias_,
+                      static_cast<A>(p_.negative_slope), p_.output, n, y, columns.begin);
     }
   }
 
@@ -143,18 +143,6 @@ class Strip {
     });
   }
 
-  void finish() {
-    A* sums = sums_.data();
-    const A* bias = bias_;
-    const A slope = static_cast<A>(p_.negative_slope);
-    const int count = columns_.size(), out = plan_.out;
-    for_rows<A>(count, out, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-      using V = typename decltype(type)::type;
-      A* at = sums + i * out + c;
-      store<V>(at, leaky_relu(load<V>(at) + load<V>(bias + c), slope));
-    });
-  }
-
   const PyramidConvParams& p_;
   const Plan<A>& plan_;
   const Product<A>& product_;
@@ -164,6 +152,11 @@ class Strip {
   Range columns_{0, 0};
   int held_[kSlots];
 };
+
+// Strips of equal width but for the last.
+Range strip_at(const PyramidConvParams& p, int strip, int width) {
+  return {strip * width, std::min(p.out_width, (strip + 1) * width)};
+}
 
 template <typename A>
 void forward(const PyramidConvParams& p) {
@@ -179,9 +172,10 @@ void forward(const PyramidConvParams& p) {
   prepare(p.output, p.batch, int64_t{p.out_channels} * p.out_height * p.out_width);
 
   const int strips = static_cast<int>(divide_up(p.out_width, kStrip));
+  const int width = static_cast<int>(divide_up(p.out_width, strips));
   int most = 0;
   for (int s = 0; s < strips; ++s) {
-    const Range columns{s * kStrip, std::min(p.out_width, (s + 1) * kStrip)};
+    const Range columns = strip_at(p, s, width);
     most = std::max(most, touched(plan.columns, p.out_width, columns.begin, columns.end).size());
   }
   // Bands only as many as threads need: each begins with rows of Z that its neighbour made, too.
@@ -194,10 +188,10 @@ void forward(const PyramidConvParams& p) {
     Strip<A> strip(p, plan, product, bias.data(), most);
     for (int64_t task = begin; task < end; ++task) {
       const int first = static_cast<int>(task % bands) * band;
-      const int x = static_cast<int>(task / bands % strips) * kStrip;
+      const int at = static_cast<int>(task / bands % strips);
       strip.run(task / bands / strips,
                 {std::min(first, p.out_height), std::min(first + band, p.out_height)},
-                {x, std::min(p.out_width, x + kStrip)});
+                strip_at(p, at, width));
     }
   });
 }
@@ -220,7 +214,8 @@ class BackwardStrip {
         grads_(0),
         results_(0),
         mixed_(0),
-        scratch_(product.scratch(kBackwardStrip), false) {}
+        scratch_(product.scratch(kBackwardStrip), false),
+        by_pixels_(kBackwardStrip, p.channels, 9 * plan.out, p.dtype) {}
 
   // Input row i of the columns: adds to the gradient of the weight, writes that of the input.
   void run(int64_t n, int i, Range columns, bool same_strip, A* grad_weight, A* grad_bias) {
@@ -239,8 +234,8 @@ class BackwardStrip {
     if (grad_weight != nullptr) {
       copy_row(p_.input, n, i, columns.begin, columns.size(), p_.channels, pixels_.data(),
                plan_.depth);
-      multiply(Matrix<A>{pixels_.data(), 1, plan_.depth}, products_.data(), row, p_.channels,
-               columns.size(), row, grad_weight, row, true);
+      by_pixels_.set_left(pixels_.data(), plan_.depth, columns.size());
+      by_pixels_.add(products_.data(), row, row, grad_weight, row);
       // Each output adds to the central taps with weights whose sum is 1.
       add_rows(products_.data() + 4 * plan_.out, row, columns.size(), plan_.out, grad_bias);
     }
@@ -269,13 +264,9 @@ class BackwardStrip {
     A* grads = grads_.data() + static_cast<int64_t>(slot) * used.size() * plan_.out;
     if (held_[slot] == y) return grads;
     held_[slot] = y;
-    copy_row(p_.grad_output, n, y, used.begin, used.size(), p_.out_channels, grads, plan_.out);
-    const A slope = static_cast<A>(p_.negative_slope);
-    if (slope != A{1}) {
-      const Row<A> result = read_row(as_source(p_.output), n, y, used.begin, used.size(),
-                                     p_.out_channels, results_.data(), plan_.out);
-      activate_backward(result, used.size(), p_.out_channels, slope, grads, plan_.out);
-    }
+    read_gradients(p_.grad_output, as_source(p_.output), n, y, used.begin, used.size(),
+                   p_.out_channels, static_cast<A>(p_.negative_slope), grads, plan_.out,
+                   results_.data());
     return grads;
   }
 
@@ -331,6 +322,7 @@ class BackwardStrip {
   const Product<A>& product_;
   Buffer<A> pixels_, products_, inputs_, grads_, results_, mixed_;
   Buffer<uint16_t> scratch_;
+  PixelProduct<A> by_pixels_;
   std::vector<Part<A>> parts_;
   int held_[kSlots];
 };
@@ -388,10 +380,12 @@ void backward(const PyramidConvParams& p) {
 
 int launch_resize_conv_forward(const PyramidConvParams& p, void*) {
   if (p.batch == 0 || p.out_channels == 0) return 0;
+  if (p.height == p.out_height && p.width == p.out_width) return launch_conv_3x3_forward(p);
   return with_accumulator(p.dtype, [&](auto a) { forward<decltype(a)>(p); });
 }
 
 int launch_resize_conv_backward(const PyramidConvParams& p, void*) {
+  if (p.height == p.out_height && p.width == p.out_width) return launch_conv_3x3_backward(p);
   return with_accumulator(p.dtype, [&](auto a) { backward<decltype(a)>(p); });
 }
 

@@ -105,6 +105,9 @@ int launch_resize_add_conv_forward(const PyramidConvParams& params, void* stream
 // Half precision, of few channels and in layouts that tensor cores take.
 bool has_conv_pool_conv(const ConvPoolConvParams& params);
 int launch_conv_pool_conv_forward(const ConvPoolConvParams& params, void* stream);
+// On the CPU only: what resize_conv is at the size of its input.
+int launch_conv_3x3_forward(const PyramidConvParams& params);
+int launch_conv_3x3_backward(const PyramidConvParams& params);
 int launch_resize_add_forward(const ResizeAddParams& params, void* stream);
 int launch_resize_add_backward(const ResizeAddParams& params, void* stream);
 int launch_spatial_gate_forward(const SpatialGateParams& params, void* stream);

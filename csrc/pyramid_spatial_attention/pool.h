@@ -1,7 +1,7 @@
 // Max and average pooling 3 x 3, stride 2, padding 1, of rows of pixels, and the transpose.
 #pragma once
 
-#include "pyramid_spatial_attention/rows.h"
+#include "pyramid_spatial_attention/products.h"
 
 namespace mafnet {
 

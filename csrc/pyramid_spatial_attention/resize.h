@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "pyramid_spatial_attention/rows.h"
+#include "pyramid_spatial_attention/products.h"
 
 namespace mafnet {
 

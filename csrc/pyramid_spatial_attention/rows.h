@@ -1,15 +1,14 @@
-// Rows of pixels and products of their channels with a weight: what the CPU kernels of pyramid
-// spatial attention are made of. Rows are dense in the accumulators' type A, float or double, in
-// the caches; tensors have any dtype and strides.
+// Rows of pixels, what the CPU kernels of pyramid spatial attention are made of. Rows are dense in
+// the accumulators' type A, float or double, in the caches; tensors have any dtype and strides.
 #pragma once
 
 #include <algorithm>
 
 #include "common/fresh_memory.h"
 #include "common/gemm.h"
-#include "common/gemm_bf16.h"
 #include "common/parallel.h"
 #include "common/pixels.h"
+#include "common/stored.h"
 #include "common/vectors.h"
 #include "pyramid_spatial_attention/params.h"
 
@@ -19,8 +18,13 @@ constexpr int padded_columns(int columns) { return round_up(columns, kColumnPad)
 // A multiple of the rows of every tile, of floats and of bfloat16.
 constexpr int padded_rows(int rows) { return round_up(rows, 2 * kRowPad); }
 
-template <typename A>
-constexpr Dtype kDense = sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+using torch::headeronly::BFloat16;
+
+// Of T, one of double, float and BFloat16.
+template <typename T>
+constexpr Dtype kDense = sizeof(T) == 8   ? Dtype::kFloat64
+                         : sizeof(T) == 4 ? Dtype::kFloat32
+                                          : Dtype::kBFloat16;
 
 // Pixel i of a row has its channels at data + i * stride.
 template <typename A>
@@ -34,15 +38,29 @@ int64_t element_at(const ImageOf<Pointer>& image, int64_t n, int64_t y, int64_t 
   return n * image.stride[0] + y * image.stride[2] + x * image.stride[3];
 }
 
+// Whether the channels of an image lie side by side as elements of type T.
+template <typename T, typename Pointer>
+bool lies_as(const ImageOf<Pointer>& image) {
+  return image.dtype == kDense<T> && image.stride[1] == 1;
+}
+
+// The first channel of a pixel of an image that lies as T.
+template <typename T>
+const T* pixel_at(const Source& image, int64_t n, int64_t y, int64_t x) {
+  return static_cast<const T*>(image.data) + element_at(image, n, y, x);
+}
+template <typename T>
+T* pixel_at(const Target& image, int64_t n, int64_t y, int64_t x) {
+  return static_cast<T*>(image.data) + element_at(image, n, y, x);
+}
+
 // The pixels (y, x) ... (y, x + count - 1) where they lie, if that is in channels of type A side by
 // side, else gathered into buffer.
 template <typename A>
 Row<A> read_row(const Source& image, int64_t n, int64_t y, int64_t x, int count, int channels,
                 A* buffer, int64_t buffer_stride) {
+  if (lies_as<A>(image)) return {pixel_at<A>(image, n, y, x), image.stride[3]};
   const int64_t first = element_at(image, n, y, x);
-  if (image.dtype == kDense<A> && image.stride[1] == 1) {
-    return {static_cast<const A*>(image.data) + first, image.stride[3]};
-  }
   gather_pixels({image.data, image.dtype, first, image.stride[3], image.stride[1]}, count, channels,
                 buffer, buffer_stride);
   return {buffer, buffer_stride};
@@ -82,78 +100,10 @@ inline Source as_source(const Target& image) {
   return source;
 }
 
-// A matrix (depth x columns) that rows are multiplied by.
-template <typename A>
-class Product {
- public:
-  Product(int depth, int columns, Dtype dtype)
-      : depth_(depth),
-        columns_(padded_columns(columns)),
-        weight_(static_cast<size_t>(depth) * columns_),
-        packed_(0),
-        in_bf16_(dtype == Dtype::kBFloat16 && has_bf16_products()) {}
-
-  int columns() const { return columns_; }
-
-  // Elements rows x count of the matrix from a weight of some dtype.
-  void load(const Elements<const void*>& from, int rows, int count, int row, int column) {
-    gather_pixels(from, rows, count, weight_.data() + int64_t{row} * columns_ + column, columns_);
-  }
-  // Call once after the last load.
-  void pack() {
-    if constexpr (sizeof(A) == 4) {
-      if (!in_bf16_) return;
-      packed_.resize(bf16_elements(columns_, depth_), false);
-      pack_bf16_columns(weight_.data(), columns_, depth_, columns_, packed_.data());
-    }
-  }
-
-  // Elements of scratch that add() wants for count rows.
-  size_t scratch(int count) const {
-    return in_bf16_ ? bf16_elements(padded_rows(count), depth_) : 0;
-  }
-
-  // sums += rows * matrix. Rows and sums have room for padded_rows(count).
-  void add(const A* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
-           uint16_t* scratch) const {
-    if constexpr (sizeof(A) == 4) {
-      if (in_bf16_) {
-        pack_bf16_rows(rows, stride, count, depth_, scratch);
-        multiply_bf16(scratch, packed_.data(), count, depth_, columns_, sums, sums_stride);
-        return;
-      }
-    }
-    multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
-             sums_stride, true);
-  }
-
-  // sums = rows * matrix
-  void set(const A* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
-           uint16_t* scratch) const {
-    if (in_bf16_) {
-      for (int i = 0; i < count; ++i) std::fill_n(sums + i * sums_stride, columns_, A{0});
-      return add(rows, stride, count, sums, sums_stride, scratch);
-    }
-    multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
-             sums_stride, false);
-  }
-
- private:
-  int depth_, columns_;
-  Buffer<A> weight_;
-  Buffer<uint16_t> packed_;
-  bool in_bf16_;
-};
-
 // What a convolution adds to its sums, zeros without a bias.
 template <typename A>
 void load_bias(const void* bias, Dtype dtype, int count, A* to) {
   if (bias != nullptr) gather_pixels({bias, dtype, 0, 0, 1}, 1, count, to, 0);
-}
-
-template <typename A>
-void fill_rows(const A* bias, int columns, int count, A* rows, int64_t stride) {
-  for (int i = 0; i < count; ++i) std::copy_n(bias, columns, rows + i * stride);
 }
 
 // leaky_relu of a vector, for a slope that is not negative.
@@ -175,76 +125,51 @@ void for_rows(int count, int channels, const Body& body) {
   });
 }
 
-// rows = leaky_relu(rows)
+// image = leaky_relu(rows + bias); rows are lost.
 template <typename A>
-void activate(A* rows, int count, int columns, A slope) {
-  if (slope == A{1}) return;
-  for_rows<A>(count, columns, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-    using V = typename decltype(type)::type;
-    A* at = rows + int64_t{i} * columns + c;
-    store<V>(at, leaky_relu(load<V>(at), slope));
-  });
-}
-
-// image = leaky_relu(rows), which are lost.
-template <typename A>
-void write_activated(A* rows, int columns, int count, int channels, A slope, const Target& image,
-                     int64_t n, int64_t y, int64_t x) {
-  if (image.dtype != kDense<A> || image.stride[1] != 1) {
-    activate(rows, count, columns, slope);
-    return write_row(rows, columns, count, channels, image, n, y, x);
-  }
-  A* to = static_cast<A*>(image.data) + element_at(image, n, y, x);
-  const int64_t stride = image.stride[3];
-  for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-    using V = typename decltype(type)::type;
-    store<V>(to + i * stride + c, leaky_relu(load<V>(rows + int64_t{i} * columns + c), slope));
-  });
-}
-
-// grad *= the slope of leaky_relu, told from its output: the slope is not negative, so that only a
-// positive argument gives a positive output.
-template <typename A>
-void activate_backward(const Row<A>& output, int count, int channels, A slope, A* grad,
-                       int64_t stride) {
-  for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-    using V = typename decltype(type)::type;
-    A* at = grad + i * stride + c;
-    const V g = load<V>(at), small = slope * g;
-    store<V>(at, (load<V>(output.data + i * output.stride + c) > V{}) ? g : small);
-  });
-}
-
-// Gradients of weight and bias: every chunk of pixels has sums of its own, which are added in the
-// order of the chunks. How the pixels are cut does not depend on the number of threads.
-template <typename A>
-class Partials {
- public:
-  // Of `rows` x `columns` sums, of which the kernels may touch padded_rows(rows).
-  Partials(int chunks, int rows, int columns, int bias, bool wanted)
-      : chunks_(wanted ? chunks : 0),
-        size_(static_cast<int64_t>(padded_rows(rows)) * columns + bias),
-        bias_at_(size_ - bias),
-        sums_(static_cast<size_t>(chunks_ * size_)) {}
-
-  A* weight(int64_t chunk) { return sums_.data() + chunk * size_; }
-  A* bias(int64_t chunk) { return weight(chunk) + bias_at_; }
-
-  // The sums of all chunks in those of the first.
-  void reduce() {
-    if (chunks_ < 2) return;
-    parallel_for(0, size_, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
-        const A* from = weight(chunk);
-        for (int64_t i = begin; i < end; ++i) sums_.data()[i] += from[i];
-      }
+void write_activated(A* rows, int64_t stride, int count, int channels, const A* bias, A slope,
+                     const Target& image, int64_t n, int64_t y, int64_t x) {
+  const auto write = [&](auto* to, int64_t to_stride) {
+    for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      const V sum = load<V>(rows + i * stride + c) + load<V>(bias + c);
+      store_stored<V>(to + i * to_stride + c, leaky_relu(sum, slope));
     });
+  };
+  if (lies_as<A>(image)) return write(pixel_at<A>(image, n, y, x), image.stride[3]);
+  if constexpr (sizeof(A) == 4) {
+    if (lies_as<BFloat16>(image)) return write(pixel_at<BFloat16>(image, n, y, x), image.stride[3]);
   }
+  write(rows, stride);
+  write_row(rows, stride, count, channels, image, n, y, x);
+}
 
- private:
-  int64_t chunks_, size_, bias_at_;
-  Buffer<A> sums_;
-};
+// grads = grad_output times the slope of leaky_relu, told from its output: the slope is not
+// negative, so that only a positive argument gives a positive output. buffer has room for the
+// pixels.
+template <typename A>
+void read_gradients(const Source& grad_output, const Source& output, int64_t n, int64_t y,
+                    int64_t x, int count, int channels, A slope, A* grads, int64_t stride,
+                    A* buffer) {
+  if (slope == A{1}) return copy_row(grad_output, n, y, x, count, channels, grads, stride);
+  const auto read = [&](auto* from, int64_t from_stride, auto* out, int64_t out_stride) {
+    for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      const V g = load_stored<V>(from + i * from_stride + c), small = slope * g;
+      const V result = load_stored<V>(out + i * out_stride + c);
+      store<V>(grads + i * stride + c, (result > V{}) ? g : small);
+    });
+  };
+  if constexpr (sizeof(A) == 4) {
+    if (lies_as<BFloat16>(grad_output) && lies_as<BFloat16>(output)) {
+      return read(pixel_at<BFloat16>(grad_output, n, y, x), grad_output.stride[3],
+                  pixel_at<BFloat16>(output, n, y, x), output.stride[3]);
+    }
+  }
+  const Row<A> grad = read_row(grad_output, n, y, x, count, channels, grads, stride);
+  const Row<A> result = read_row(output, n, y, x, count, channels, buffer, stride);
+  read(grad.data, grad.stride, result.data, result.stride);
+}
 
 template <typename A>
 void add_rows(const A* rows, int64_t stride, int count, int columns, A* sums) {
@@ -253,8 +178,6 @@ void add_rows(const A* rows, int64_t stride, int count, int columns, A* sums) {
     store<V>(sums + c, load<V>(sums + c) + load<V>(rows + i * stride + c));
   });
 }
-
-constexpr int kMostChunks = 16;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
