@@ -210,10 +210,10 @@ def test_loops_are_natural_loops() -> None:
     """
     function = Function.parse(LISTING.splitlines())
     assert [function.successors[i] for i in (2, 5, 8, 10)] == [{3, 9}, {3, 6}, set(), {4}]
-    (outer,) = function.loops().values()
+    ((header, outer),) = function.loops().items()
     mix = sass.count([function.instructions[i] for i in outer])
     assert mix == {"slots": 8, "LDG.128": 1, "FP32": 1, "local": 1, "div64": 1}
-    assert function.way(outer) == 6  # without the call, and the NOP
+    assert function.way(header, outer) == 6  # without the call, and the NOP
     simple = LISTING.replace("`(.L_x_8)", "`(.L_x_1)")
     inner, outer = sorted(Function.parse(simple.splitlines()).loops().values(), key=len)
     assert inner < outer and len(inner) == 3
