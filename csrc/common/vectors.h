@@ -145,6 +145,21 @@ MAFNET_INLINE VectorOf<A, 4> sums_of(const V& a, const V& b, const V& c, const V
   }
 }
 
+// op(op(a, b), ...) over the numbers of a vector, in halves; op takes vectors and numbers.
+template <typename A, typename V, typename Op>
+MAFNET_INLINE A fold(const V& v, const Op& op) {
+  constexpr int kLanes = sizeof(V) / sizeof(A);
+  if constexpr (std::is_same_v<V, A>) {
+    return v;
+  } else if constexpr (kLanes == 2) {
+    return op(A(v[0]), A(v[1]));
+  } else {
+    VectorOf<A, kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return fold<A>(op(halves[0], halves[1]), op);
+  }
+}
+
 // Rows and columns of N vectors of N numbers change places. Where the compiler has no shuffles,
 // number by number.
 #if defined(__has_builtin)

@@ -229,8 +229,9 @@ class FloatEngine {
       const V x = load<V>(row + j);
       most = most < x ? x : most;
     }
-    A now = largest;
-    for (int i = 0; i < kLanes; ++i) now = std::max(now, lane(most, i));
+    const A now =
+        std::max(largest, fold<A>(most, [](const auto& a, const auto& b)
+                                            MAFNET_INLINE_LAMBDA { return a < b ? b : a; }));
     // Scores of -inf have the weight 0, also while there is no other.
     const A base = std::isinf(now) && now < 0 ? A(0) : now;
     const A factor = slope_ * kPowerFactor<A>;
@@ -248,7 +249,7 @@ class FloatEngine {
       store(row + j, weight);
       total += weight;
     }
-    for (int i = 0; i < kLanes; ++i) sum += lane(total, i);
+    sum += fold<A>(total, [](const auto& a, const auto& b) MAFNET_INLINE_LAMBDA { return a + b; });
   }
 
   // Turns a row of scores into weights, and the gradients of the weights into those of the scores.
@@ -271,15 +272,6 @@ class FloatEngine {
     }
     for (int j = 0; j < padded; j += kLanes) {
       store(grad + j, V(load<V>(row + j) * (load<V>(grad + j) - mean)));
-    }
-  }
-
-  template <typename V>
-  static MAFNET_INLINE A lane(const V& v, int i) {
-    if constexpr (std::is_same_v<V, A>) {
-      return v;
-    } else {
-      return v[i];
     }
   }
 

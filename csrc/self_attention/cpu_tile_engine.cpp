@@ -1,19 +1,18 @@
-// self_attention with its products in tile registers (AMX): the formulas of cpu_float.cpp, turned
+// self_attention with its products in bfloat16 (tiles.h): the formulas of cpu_float.cpp, turned
 // round. Scores are computed as key x query, so that a vector holds the scores of 16 queries with
 // one key: largest scores, sums, lse and delta are vectors, and weights leave their registers in
 // the order that the next product reads.
+#include "common/gemm_bf16.h"
 #include "common/parallel.h"
 #include "self_attention/driver.h"
 #include "self_attention/engines.h"
 #include "self_attention/tile_weights.h"
 #include "self_attention/tiles.h"
 
-#if defined(MAFNET_HAS_TILES)
+#if defined(MAFNET_HAS_BF16)
 
 #include <atomic>
 #include <cmath>
-
-#include "common/simd.h"
 
 namespace mafnet {
 namespace {
@@ -38,8 +37,7 @@ class TileEngine {
         depth_(tiles_of(params.depth, kTile)),
         value_depth_(tiles_of(params.value_depth, kTile)) {}
 
-  class Scratch {
-   public:
+  struct Scratch {
     explicit Scratch(const TileEngine& e)
         : numbers(std::max(kKeys, kQueries) * kTile * std::max(e.depth_, e.value_depth_)),
           query(e.score_plan_.tiles * kQueryTiles * kTileFactors),
@@ -50,10 +48,7 @@ class TileEngine {
           grad_score_a(kBackward ? kWeights : 0),
           out(e.value_depth_ * kTile * kQueries),
           grad_key(kBackward ? kKeyBlocks * e.depth_ * kTile * kKeys : 0),
-          grad_value(kBackward ? kKeyBlocks * e.value_depth_ * kTile * kKeys : 0) {
-      open_tiles();
-    }
-    ~Scratch() { close_tiles(); }
+          grad_value(kBackward ? kKeyBlocks * e.value_depth_ * kTile * kKeys : 0) {}
 
     static constexpr int kWeights = kKeys * (kBackward ? kQueries : kTogether) * kPieces;
     Buffer<float> numbers;
@@ -64,6 +59,7 @@ class TileEngine {
     Buffer<float> grad_key, grad_value;                 // tiles [depth][key]
     alignas(64) float largest[kQueries], sum[kQueries];
     int queries = 0;
+    TileRegisters registers;
   };
 
   // key as A, value^T as A over tokens; for the backward key and value as A, key^T over tokens.
@@ -123,8 +119,7 @@ class TileEngine {
       const TileMatrix b{s.weight_b.data(), kTileFactors, kTogether / kTile * kTileFactors};
       const TileSums c{s.out.data() + q * value_depth_ * kTile, kTileSums,
                        value_depth_ * kTileSums};
-      multiply_tiles(a, b, token_steps_.data(), steps_of(depth_tiles), value_depth_,
-                     kTogether / kTile, c, true);
+      multiply_tiles(a, b, steps_of(depth_tiles), value_depth_, kTogether / kTile, c, true);
     }
   }
 
@@ -212,17 +207,17 @@ class TileEngine {
           s.grad_score_a.data() + i * kPieces * kTileFactors, kTokenTiles * kTileFactors,
           s.weight_b.data() + i * kTogether / kTile * kTileFactors, kQueryTiles * kTileFactors);
     }
-    const Step* steps = token_steps_.data();
+    const Steps along_queries = steps_of(query_tiles);
     const TileMatrix weight{s.weight_a.data(), kTokenTiles * kTileFactors, kTileFactors};
     const TileMatrix grad_score{s.grad_score_a.data(), kTokenTiles * kTileFactors, kTileFactors};
     multiply_tiles(weight, {block.grad_out_tokens, kTileFactors, value_depth_ * kTileFactors},
-                   steps, steps_of(query_tiles), 2 * depth_tiles, value_depth_,
+                   along_queries, 2 * depth_tiles, value_depth_,
                    {grad_value_of(s, slot), kTileSums, kKeyTiles * kTileSums}, true);
-    multiply_tiles(grad_score, {block.query_tokens, kTileFactors, depth_ * kTileFactors}, steps,
-                   steps_of(query_tiles), 2 * depth_tiles, depth_,
+    multiply_tiles(grad_score, {block.query_tokens, kTileFactors, depth_ * kTileFactors},
+                   along_queries, 2 * depth_tiles, depth_,
                    {grad_key_of(s, slot), kTileSums, kKeyTiles * kTileSums}, true);
     multiply_tiles({turned, kTokenTiles * kTileFactors, kTileFactors},
-                   {s.weight_b.data(), kTileFactors, kQueryTiles * kTileFactors}, steps,
+                   {s.weight_b.data(), kTileFactors, kQueryTiles * kTileFactors},
                    steps_of(depth_tiles), depth_, 2 * query_tiles,
                    {grad_query, kQueryTiles * kTileSums, kTileSums}, true);
   }
@@ -276,8 +271,9 @@ class TileEngine {
 
   Tokens lse_tokens() const { return {p_.lse, {p_.heads * p_.queries, p_.queries, 1, 1}}; }
 
-  int steps_of(int depth_tiles) const {
-    return static_cast<int>(token_steps_.size()) / (kKeys / kTileDepth) * depth_tiles;
+  Steps steps_of(int depth_tiles) const {
+    const int count = static_cast<int>(token_steps_.size()) / (kKeys / kTileDepth) * depth_tiles;
+    return {token_steps_.data(), count, count * kTileDepth};
   }
 
   // With the sign of the scale, which then is positive: the largest score has the largest weight.
@@ -303,8 +299,9 @@ class TileEngine {
     const TileMatrix a{key, plan.tiles * kTileFactors, kTileFactors};
     const TileMatrix b{query + first / kTile * kTileFactors, kTileFactors,
                        kQueryTiles * kTileFactors};
-    multiply_tiles(a, b, plan.steps.data(), static_cast<int>(plan.steps.size()), 2 * depth_tiles,
-                   kTogether / kTile, {score, kTileSums, kKeys * kTile}, false);
+    const Steps steps{plan.steps.data(), static_cast<int>(plan.steps.size()), plan.factors};
+    multiply_tiles(a, b, steps, 2 * depth_tiles, kTogether / kTile,
+                   {score, kTileSums, kKeys * kTile}, false);
   }
 
   static void hide_keys(float* score, int count, int padded) {
@@ -379,11 +376,13 @@ constexpr int64_t kFewTokens = 24;
 }  // namespace
 
 bool tiles_serve(const SelfAttentionParams& p) {
-  if (simd_level() < SimdLevel::kAmx || p.dtype == Dtype::kFloat64) return false;
+  if (!has_bf16_products() || p.dtype == Dtype::kFloat64) return false;
   if (std::min(most_tokens(p, p.queries), most_tokens(p, p.keys)) < kFewTokens) return false;
   if (p.value_depth == 0) return false;
   // A bfloat16 is its only piece, whatever it is.
   if (p.dtype == Dtype::kBFloat16) return true;
+  // Four or six products of pieces are dearer than one in float, unless by tile registers.
+  if (!has_tile_registers()) return false;
   return in_range(p, p.query, p.queries, p.depth) && in_range(p, p.key, p.keys, p.depth) &&
          in_range(p, p.value, p.keys, p.value_depth) &&
          (p.grad_out.data == nullptr || in_range(p, p.grad_out, p.queries, p.value_depth));

@@ -1,7 +1,7 @@
-// Tiles of bfloat16: packing and products.
+// Tiles of bfloat16: packing and products, by tile registers or by vectors.
 #include "self_attention/tiles.h"
 
-#if defined(MAFNET_HAS_TILES)
+#if defined(MAFNET_HAS_BF16)
 
 #include <immintrin.h>
 
@@ -70,6 +70,34 @@ MAFNET_INLINE void put_line(const float* from, int columns, int piece, int at, u
   }
 }
 
+// One tile of sums: a row of a tile of B is a vector, a pair of factors of A is broadcast.
+MAFNET_TARGET_BF16 void multiply_by_vectors(const TileMatrix& a, const TileMatrix& b,
+                                            const Steps& steps, float* c, bool add) {
+  __m512 sums[kTile];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) {
+    sums[r] = add ? _mm512_load_ps(c + r * kTile) : _mm512_setzero_ps();
+  }
+  for (int s = 0; s < steps.count; ++s) {
+    const uint16_t* left = a.data + steps.list[s].a * a.step;
+    const uint16_t* right = b.data + steps.list[s].b * b.step;
+    const int factors = std::min(steps.factors - s * kTileDepth, kTileDepth);
+    for (int k = 0; k < factors; k += 2, left += 2, right += kTileDepth) {
+      const auto line = (__m512bh)_mm512_load_si512(right);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) {
+        int pair;
+        std::memcpy(&pair, left + r * kTileDepth, sizeof(pair));
+        sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_set1_epi32(pair), line);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) _mm512_store_ps(c + r * kTile, sums[r]);
+}
+
+#if defined(MAFNET_HAS_TILES)
+
 template <int kRows, int kColumns>  // 1 or 2 tiles
 MAFNET_TARGET_TILES void multiply_block(const TileMatrix& a, const TileMatrix& b, const Step* steps,
                                         int count, const TileSums& c, bool add) {
@@ -109,6 +137,30 @@ MAFNET_TARGET_TILES void multiply_block(const TileMatrix& a, const TileMatrix& b
   if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c.data + c.row + c.column, 64);
 }
 
+void multiply_by_registers(const TileMatrix& a, const TileMatrix& b, const Steps& steps, int rows,
+                           int columns, const TileSums& c, bool add) {
+  for (int n = 0; n < columns; n += 2) {
+    const TileMatrix right{b.data + n * b.along, b.along, b.step};
+    for (int m = 0; m < rows; m += 2) {
+      const TileMatrix left{a.data + m * a.along, a.along, a.step};
+      const TileSums sums{c.data + m * c.row + n * c.column, c.row, c.column};
+      if (m + 1 < rows) {
+        if (n + 1 < columns) {
+          multiply_block<2, 2>(left, right, steps.list, steps.count, sums, add);
+        } else {
+          multiply_block<2, 1>(left, right, steps.list, steps.count, sums, add);
+        }
+      } else if (n + 1 < columns) {
+        multiply_block<1, 2>(left, right, steps.list, steps.count, sums, add);
+      } else {
+        multiply_block<1, 1>(left, right, steps.list, steps.count, sums, add);
+      }
+    }
+  }
+}
+
+#endif
+
 }  // namespace
 
 std::vector<Step> piece_pairs(int pieces) {
@@ -126,7 +178,8 @@ DepthPlan::DepthPlan(int depth, int pieces) {
       b_pieces.push_back(pair.b);
     }
     slot = depth;
-    tiles = tiles_of(depth * static_cast<int>(pairs.size()));
+    factors = depth * static_cast<int>(pairs.size());
+    tiles = tiles_of(factors);
     for (int t = 0; t < tiles; ++t) steps.push_back({t, t});
   } else {
     for (int i = 0; i < pieces; ++i) {
@@ -136,6 +189,7 @@ DepthPlan::DepthPlan(int depth, int pieces) {
     const int each = tiles_of(depth);
     slot = each * kTileDepth;
     tiles = each * pieces;
+    factors = pieces == 1 ? depth : kTileDepth * each * static_cast<int>(pairs.size());
     for (int t = 0; t < each; ++t) {
       for (const Step& pair : pairs) steps.push_back({pair.a * each + t, pair.b * each + t});
     }
@@ -203,24 +257,28 @@ void pack_b_tokens(const float* from, int64_t stride, int tokens, int columns, i
   });
 }
 
-void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps, int count,
-                    int rows, int columns, const TileSums& c, bool add) {
-  for (int n = 0; n < columns; n += 2) {
+TileRegisters::TileRegisters() {
+#if defined(MAFNET_HAS_TILES)
+  if (has_tile_registers()) open_tiles();
+#endif
+}
+
+TileRegisters::~TileRegisters() {
+#if defined(MAFNET_HAS_TILES)
+  if (has_tile_registers()) close_tiles();
+#endif
+}
+
+void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Steps& steps, int rows,
+                    int columns, const TileSums& c, bool add) {
+#if defined(MAFNET_HAS_TILES)
+  if (has_tile_registers()) return multiply_by_registers(a, b, steps, rows, columns, c, add);
+#endif
+  for (int n = 0; n < columns; ++n) {
     const TileMatrix right{b.data + n * b.along, b.along, b.step};
-    for (int m = 0; m < rows; m += 2) {
+    for (int m = 0; m < rows; ++m) {
       const TileMatrix left{a.data + m * a.along, a.along, a.step};
-      const TileSums sums{c.data + m * c.row + n * c.column, c.row, c.column};
-      if (m + 1 < rows) {
-        if (n + 1 < columns) {
-          multiply_block<2, 2>(left, right, steps, count, sums, add);
-        } else {
-          multiply_block<2, 1>(left, right, steps, count, sums, add);
-        }
-      } else if (n + 1 < columns) {
-        multiply_block<1, 2>(left, right, steps, count, sums, add);
-      } else {
-        multiply_block<1, 1>(left, right, steps, count, sums, add);
-      }
+      multiply_by_vectors(left, right, steps, c.data + m * c.row + n * c.column, add);
     }
   }
 }

@@ -17,7 +17,8 @@ namespace mafnet {
 constexpr int64_t kPackedBytes = 8 << 20;
 
 // Sums of grad_query that parts of the keys make side by side, so that few problems occupy many
-// cores too; less where they would take more than kPartialBytes.
+// cores too; less where they would take more than kPartialBytes, or where a part would have a
+// single block, for which fresh memory costs a tenth of the products.
 constexpr int64_t kParts = 32;
 constexpr int64_t kPartialBytes = 48 << 20;
 
@@ -99,7 +100,8 @@ void run_backward(const SelfAttentionParams& p) {
              (most_queries / Engine::kQueries + 1) * static_cast<int64_t>(query_bytes));
   const int64_t share = group.query_blocks * engine.grad_query_size();
   const int64_t room = kPartialBytes / (4 * std::max<int64_t>(share * group.count, 1));
-  const int64_t wanted = std::min(kParts / std::min(group.count, kParts), group.key_blocks);
+  const int64_t wanted =
+      std::min(kParts / std::min(group.count, kParts), (group.key_blocks + 1) / 2);
   const int64_t parts = std::max<int64_t>(1, std::min(room, wanted));
   const int64_t per_part = (group.key_blocks + parts - 1) / parts;
   Buffer<std::byte> keys(group.count * group.key_blocks * key_bytes, false);

@@ -9,7 +9,7 @@ namespace mafnet {
 void self_attention_forward_float(const SelfAttentionParams& params);
 void self_attention_backward_float(const SelfAttentionParams& params);
 
-// Products in tile registers (AMX) where this CPU has them and the sizes and values suit them.
+// Products in bfloat16 where this CPU has them and the dtype, sizes and values suit them.
 bool tiles_serve(const SelfAttentionParams& params);
 void self_attention_forward_tiles(const SelfAttentionParams& params);
 void self_attention_backward_tiles(const SelfAttentionParams& params);

@@ -14,13 +14,13 @@ template <typename A>
 constexpr A kPowerFactor = std::is_same_v<A, double> ? A(1) : A(1.4426950408889634);
 
 // 2^x in float for x <= 127, within 1.1 ulp: 2^n by the exponent, 2^f for |f| <= 1/2 by a
-// polynomial. 0 below -126, NaN for NaN.
+// polynomial. 0 below -126.5, NaN for NaN.
 template <typename V>
 MAFNET_INLINE V power(const V& x) {
   constexpr int kLanes = sizeof(V) / sizeof(float);
   using Int = typename Lanes<int32_t, kLanes>::Vector;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its last digit is the unit
-  const V clamped = x < -126.0f ? V{} - 126.0f : x;
+  const V clamped = x < -127.0f ? V{} - 127.0f : x;
   const V rounded = clamped + kRound;
   const V f = clamped - (rounded - kRound);
   // Of the relative error on [-1/2, 1/2] the largest is 2e-9; the first coefficient is exact.
@@ -32,10 +32,10 @@ MAFNET_INLINE V power(const V& x) {
   y = y * f + 1.0f;
   Int bits;
   std::memcpy(&bits, &rounded, sizeof(bits));
-  bits = (bits << 23) + 0x3f800000;  // the digits above the exponent's are lost
+  bits = (bits << 23) + 0x3f800000;  // the digits above the exponent's are lost; -127 gives 0
   V scale;
   std::memcpy(&scale, &bits, sizeof(scale));
-  return x < -126.0f ? V{} : y * scale;
+  return y * scale;
 }
 
 // exp(x): double serves accuracy and not speed.

@@ -4,7 +4,7 @@
 
 #include "self_attention/tiles.h"
 
-#if defined(MAFNET_HAS_TILES)
+#if defined(MAFNET_HAS_BF16)
 
 #include <immintrin.h>
 
@@ -20,24 +20,42 @@
 
 namespace mafnet {
 
-// 2^x for x <= 127, within 1 ulp; 0 below -100, so that no piece of a weight is denormal.
-MAFNET_TARGET_TILES inline __attribute__((always_inline)) __m512 power(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  // Of the relative error on [-1/2, 1/2] the largest is 2e-9.
-  __m512 y = _mm512_set1_ps(1.5403530393381609e-4f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558146428443e-3f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291076284772e-3f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504108664821580e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022650695910072e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718055994531e-1f));
+// 2^x for x <= 127. For one piece within 3e-6, a part in 600 of its rounding, and 0 from -127 down.
+// For more within 1 ulp, and 0 below -100, so that no piece of a weight is denormal.
+template <int kPieces>
+MAFNET_TARGET_BF16 inline __attribute__((always_inline)) __m512 power(__m512 x) {
+  const __m512 unit = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: its last digit is the unit
+  const __m512 least = _mm512_set1_ps(-127.0f);
+  const __m512 clamped = _mm512_max_ps(least, x);  // the second where that is NaN
+  const __m512 rounded = _mm512_add_ps(clamped, unit);
+  const __m512 f = _mm512_sub_ps(clamped, _mm512_sub_ps(rounded, unit));
+  __m512 y;
+  if constexpr (kPieces == 1) {
+    y = _mm512_set1_ps(9.582576341927052e-3f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.590682849287987e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4024106562137604e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.931241154670715e-1f));
+  } else {
+    // Of the relative error on [-1/2, 1/2] the largest is 2e-9.
+    y = _mm512_set1_ps(1.5403530393381609e-4f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558146428443e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291076284772e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504108664821580e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022650695910072e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718055994531e-1f));
+  }
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-  const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(counts, y, whole);  // NaN is not less
+  // The digits above the exponent's are lost; -127 and 1 give 0. NaN stays: its last digits, which
+  // alone are shifted there, are 0 in what comes of bfloat16, and it does not come here otherwise.
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
+  y = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), exponent));
+  if constexpr (kPieces == 1) return y;
+  // NaN is not less.
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ), y);
 }
 
 // Takes the first 8 digits off x and returns them.
-MAFNET_TARGET_TILES inline __attribute__((always_inline)) __m512i next_piece(__m512& x) {
+MAFNET_TARGET_BF16 inline __attribute__((always_inline)) __m512i next_piece(__m512& x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i piece = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
   x = _mm512_sub_ps(x, _mm512_castsi512_ps(piece));
@@ -46,10 +64,10 @@ MAFNET_TARGET_TILES inline __attribute__((always_inline)) __m512i next_piece(__m
 
 // A row of a tile of B from two tokens: pairs, the first in the lower halves.
 template <int kPieces>
-MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_pairs(__m512 first,
-                                                                           __m512 second,
-                                                                           uint16_t* to,
-                                                                           int64_t stride) {
+MAFNET_TARGET_BF16 inline __attribute__((always_inline)) void store_pairs(__m512 first,
+                                                                          __m512 second,
+                                                                          uint16_t* to,
+                                                                          int64_t stride) {
   if constexpr (kPieces == 1) {
     const __m512i low = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -65,9 +83,8 @@ MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_pairs(__m51
 
 // A row of a tile of A from two vectors of 16 tokens.
 template <int kPieces>
-MAFNET_TARGET_TILES inline __attribute__((always_inline)) void store_row(__m512 first,
-                                                                         __m512 second,
-                                                                         uint16_t* to) {
+MAFNET_TARGET_BF16 inline __attribute__((always_inline)) void store_row(__m512 first, __m512 second,
+                                                                        uint16_t* to) {
   if constexpr (kPieces == 1) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
   } else {
@@ -95,8 +112,8 @@ struct WeightsOf {
 // Weights exp((score - largest) * scale) as tiles of B over keys, from `to` on at `stride`. `sum`
 // grows by them; sum and out shrink where `largest` grows.
 template <int kPieces>
-MAFNET_TARGET_TILES void take_weights(const WeightsOf& of, float scale, float* largest, float* sum,
-                                      uint16_t* to, int64_t stride) {
+MAFNET_TARGET_BF16 void take_weights(const WeightsOf& of, float scale, float* largest, float* sum,
+                                     uint16_t* to, int64_t stride) {
   __m512 most[4];
   for (auto& m : most) m = _mm512_load_ps(largest);
   for (int k = 0; k < of.keys; k += 4) {
@@ -113,7 +130,7 @@ MAFNET_TARGET_TILES void take_weights(const WeightsOf& of, float scale, float* l
   const __m512 before = _mm512_load_ps(largest);
   __m512 total = _mm512_load_ps(sum);
   if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ) != 0) {
-    const __m512 shrink = power(_mm512_mul_ps(_mm512_sub_ps(before, base), factor));
+    const __m512 shrink = power<kPieces>(_mm512_mul_ps(_mm512_sub_ps(before, base), factor));
     for (int d = 0; d < of.lines; ++d) {
       float* line = of.out + d * kTile;
       _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), shrink));
@@ -126,7 +143,7 @@ MAFNET_TARGET_TILES void take_weights(const WeightsOf& of, float scale, float* l
     __m512 weight[2];
     for (int i = 0; i < 2; ++i) {
       const __m512 score = _mm512_load_ps(of.score + (k + i) * kTile);
-      weight[i] = power(_mm512_mul_ps(_mm512_sub_ps(score, base), factor));
+      weight[i] = power<kPieces>(_mm512_mul_ps(_mm512_sub_ps(score, base), factor));
       sums[i] = _mm512_add_ps(sums[i], weight[i]);
     }
     uint16_t* row = to + k / kTileDepth * kPieces * stride + k % kTileDepth / 2 * kTileDepth;
@@ -148,8 +165,8 @@ struct GradientsOf {
 // Weights exp(score * scale - lse) and gradients of the scores as rows of A over queries, at
 // `stride` from 16 keys to the next; the latter also as tiles of B over keys, at `pair_stride`.
 template <int kPieces>
-MAFNET_TARGET_TILES void take_gradients(const GradientsOf& of, uint16_t* weights, uint16_t* grads,
-                                        int64_t stride, uint16_t* pairs, int64_t pair_stride) {
+MAFNET_TARGET_BF16 void take_gradients(const GradientsOf& of, uint16_t* weights, uint16_t* grads,
+                                       int64_t stride, uint16_t* pairs, int64_t pair_stride) {
   const __m512 scale = _mm512_set1_ps(of.scale), log2e = _mm512_set1_ps(kLog2E);
   __m512 lse[2], delta[2];
   for (int n = 0; n < 2; ++n) {
@@ -163,7 +180,7 @@ MAFNET_TARGET_TILES void take_gradients(const GradientsOf& of, uint16_t* weights
       for (int n = 0; n < 2; ++n) {
         const int64_t at = n * of.half + (k + i) * kTile;
         const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(of.score + at), scale, lse[n]);
-        weight[n] = power(_mm512_mul_ps(x, log2e));
+        weight[n] = power<kPieces>(_mm512_mul_ps(x, log2e));
         const __m512 slope = _mm512_sub_ps(_mm512_load_ps(of.grad_weight + at), delta[n]);
         grad[n][i] = _mm512_mul_ps(weight[n], slope);
       }

@@ -1,5 +1,6 @@
-// Matrix products of self_attention by tile registers (AMX): factors in bfloat16, sums in float, at
-// 16 times the products per clock of float vectors or more.
+// Matrix products of self_attention with factors in bfloat16 and sums in float: by tile registers
+// (AMX) at 16 times the products per clock of float vectors or more, else by vectors (AVX512-BF16)
+// at twice as many.
 //
 // Factors of more digits are sums of pieces of bfloat16, 8 bits each: one is a bfloat16 itself, two
 // are any half, three any float. A product then is the sum of the products of their pieces; those
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/simd.h"
 #include "common/tiles.h"
 
 namespace mafnet {
@@ -26,12 +28,18 @@ struct Step {
 // Which pieces are multiplied, ordered so that a product shares a factor with the one before.
 std::vector<Step> piece_pairs(int pieces);
 
+// `factors` along the depth are multiplied; what fills up the last tile is zero.
+struct Steps {
+  const Step* list;
+  int count, factors;
+};
+
 // How a matrix is laid out along the depth that products sum over: its pieces follow each other, or
 // where the depth is small and tiles would be empty, one piece for each pair.
 struct DepthPlan {
   DepthPlan(int depth, int pieces);
   std::vector<int> a_pieces, b_pieces;  // slots, each `slot` deep
-  int slot, tiles;
+  int slot, tiles, factors;
   std::vector<Step> steps;
 };
 
@@ -65,8 +73,17 @@ struct TileSums {
   int64_t row, column;
 };
 
-// C = A B, or += where add, for rows x columns tiles. Between open_tiles and close_tiles only.
-void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Step* steps, int count,
-                    int rows, int columns, const TileSums& c, bool add);
+// Whether products are by tile registers.
+inline bool has_tile_registers() { return simd_level() >= SimdLevel::kAmx; }
+
+// The tile registers of this thread, if there are any, while it lives.
+struct TileRegisters {
+  TileRegisters();
+  ~TileRegisters();
+};
+
+// C = A B, or += where add, for rows x columns tiles. Under TileRegisters only.
+void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Steps& steps, int rows,
+                    int columns, const TileSums& c, bool add);
 
 }  // namespace mafnet

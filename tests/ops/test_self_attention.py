@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -433,7 +434,7 @@ def test_several_blocks(shape: tuple[int, ...], dtype: torch.dtype, scale: float
 
 
 @pytest.mark.skipif(not NATIVE, reason="the extension is not built")
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_vector_level(level: str) -> None:
     """The tests of blocks again, in a process whose kernels use lower instructions."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
@@ -444,6 +445,30 @@ def test_every_vector_level(level: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+BF16_SCRIPT = """
+import torch
+from mafnet_ops import self_attention
+torch.manual_seed(0)
+low = [torch.randn(1, 1, 129, depth).bfloat16().requires_grad_() for depth in (64, 64, 16)]
+wide = [t.detach().float().requires_grad_() for t in low]
+results = [self_attention(*low, 0.125), self_attention(*wide, 0.125)]
+results += [torch.autograd.grad(out.sum(), given)[2] for out, given in zip(results[:2], (low, wide))]
+print([torch.equal(a, b.bfloat16()) for a, b in zip(results[::2], results[1::2])])
+"""
+
+
+@pytest.mark.skipif(not NATIVE, reason="the extension is not built")
+@pytest.mark.parametrize("level", ["avx512", "avx512bf16", "amx"])
+def test_bfloat16_is_multiplied_as_such(level: str) -> None:
+    """Weights rounded to bfloat16 give other digits than those in float, which are taken elsewhere."""
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    rounded = level != "avx512" and "avx512_bf16" in flags
+    command = [sys.executable, "-c", BF16_SCRIPT]
+    environment = {**os.environ, "MAFNET_SIMD": level}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([not rounded] * 2)
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])

@@ -37,8 +37,8 @@ CHANNELS, HEIGHT, WIDTH = 64, 180, 320
 ROUNDS = 9
 # Minima only fall: where a first look misses a bar, more rounds tell a slow kernel from a disturbed run.
 LOOKS = 5
-# D_qk beside D_v = 64, and how many times as fast as SDPA at least
-ATTENTION = [(8, torch.float32, 2.5), (8, torch.bfloat16, 4.0)]
+# D_qk beside D_v = 64, and how many times as fast as SDPA at least: forward, and with the backward
+ATTENTION = [(8, torch.float32, 3.0, 2.3), (8, torch.bfloat16, 5.0, 3.5)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -205,17 +205,27 @@ def test_deform_align_beats_its_recipe(groups: int, parts: int, backward: bool, 
 # ------------------------------------------------------------------------------------ self_attention
 
 
-@pytest.mark.parametrize(("depth", "dtype", "bar"), ATTENTION, ids=str)
-def test_attention_forward(depth: int, dtype: torch.dtype, bar: float) -> None:
+@pytest.mark.parametrize(("depth", "dtype", "forward_bar", "both_bar"), ATTENTION, ids=str)
+def test_attention(depth: int, dtype: torch.dtype, forward_bar: float, both_bar: float) -> None:
     """Against SDPA as called; of unequal widths it makes a matrix of all scores."""
     query, key = (torch.randn(1, 1, 4096, depth).to(dtype) for _ in range(2))
     value = torch.randn(1, 1, 4096, 64).to(dtype)
+    grad = torch.randn_like(value)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+
+    def ours() -> Tensor:
+        return self_attention(query, key, value, 0.125)
+
+    def theirs() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=0.125)
+
     with torch.no_grad():
-        assert_faster(
-            lambda: self_attention(query, key, value, 0.125),
-            lambda: F.scaled_dot_product_attention(query, key, value, scale=0.125),
-            bar,
-        )
+        assert_faster(ours, theirs, forward_bar)
+    assert_faster(
+        lambda: torch.autograd.grad(ours(), leaves, grad),
+        lambda: torch.autograd.grad(theirs(), leaves, grad),
+        both_bar,
+    )
 
 
 # ----------------------------------------------------------------------- pyramid_spatial_attention
