@@ -3,9 +3,10 @@
 // Bilinear float and half precision goes to kernels for the vector instructions at hand
 // (cpu_bilinear.h), everything else to cpu_generic.h.
 //
-// Forward and grad_flow: one task per span of output pixels, or block of them in planes. grad_input: one task per band of its
-// rows, which only that task writes; it visits the source rows that reach the band in raster order.
-// No atomics, and the same sums in the same order whatever the number of threads.
+// Forward and grad_flow: one task per span of output pixels, or block of them in planes.
+// grad_input: one task per band of its rows, which only that task writes; it visits the source rows
+// that reach the band in raster order. No atomics, and the same sums in the same order whatever the
+// number of threads.
 #include <algorithm>
 #include <cstring>
 #include <limits>

@@ -1,4 +1,5 @@
-// The bilinear forward kernel of channels_last, over the plan of cpu_bilinear_plan.h. See cpu_bilinear_kernels.h.
+// The bilinear forward kernel of channels_last, over the plan of cpu_bilinear_plan.h. See
+// cpu_bilinear_kernels.h.
 namespace mafnet {
 namespace {
 

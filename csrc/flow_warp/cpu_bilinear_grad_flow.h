@@ -62,8 +62,8 @@ MAFNET_KERNEL void grad_flow_channels_last(const FlowWarpParams& p, const Plan& 
   }
 }
 
-// Of `count` pixels: from the plan's element `begin`, which grad belongs to, to the gradient's pixel
-// `first` on.
+// Of `count` pixels: from the plan's element `begin`, which grad belongs to, to the gradient's
+// pixel `first` on.
 template <typename T>
 MAFNET_KERNEL void write_grad_flow(const FlowWarpParams& p, const Plan& plan, int begin, int count,
                                    const T* image, const T* grad, int64_t first, float* grad_x,

@@ -24,9 +24,8 @@
 namespace mafnet {
 namespace {
 
-constexpr BilinearKernels kKernels{&forward,         &grad_flow, &forward_block,
-                                   &grad_flow_block, &row_range, &find_tiles,
-                                   &grad_input_pixels, &grad_input_tiles};
+constexpr BilinearKernels kKernels{&forward,   &grad_flow,  &forward_block,     &grad_flow_block,
+                                   &row_range, &find_tiles, &grad_input_pixels, &grad_input_tiles};
 
 }  // namespace
 }  // namespace mafnet

@@ -36,9 +36,9 @@ MAFNET_KERNEL void plan_block(const FlowWarpParams& p, const PixelBlock& block, 
 // The tiles of the image that a block reads, and where its cells begin in the scratch, in pixels.
 struct Reach {
   bool fits;
-  int row, column;         // of the image, where the scratch begins
-  int tiles;               // of a row of the scratch
-  int count;               // of tiles that are read
+  int row, column;          // of the image, where the scratch begins
+  int tiles;                // of a row of the scratch
+  int count;                // of tiles that are read
   int tile[kScratchTiles];  // their places in the scratch
   int offset[kSpanStride];
 };
@@ -108,8 +108,9 @@ MAFNET_KERNEL void blend_tiles(const FlowWarpParams& p, const BlockPlan& b, cons
       for (int k = 0; k < kLanes; ++k) {
         const float* upper = scratch + reach.offset[begin + i + k] * kTileChannels + c;
         const float* lower = upper + below;
-        v[k] = broadcast(w[0][k]) * load(upper) + broadcast(w[1][k]) * load(upper + kTileChannels) +
-               (broadcast(w[2][k]) * load(lower) + broadcast(w[3][k]) * load(lower + kTileChannels));
+        v[k] =
+            broadcast(w[0][k]) * load(upper) + broadcast(w[1][k]) * load(upper + kTileChannels) +
+            (broadcast(w[2][k]) * load(lower) + broadcast(w[3][k]) * load(lower + kTileChannels));
         check += broadcast(0) * v[k];
       }
       transpose(v);
@@ -143,8 +144,7 @@ MAFNET_KERNEL void blend_gathered(const FlowWarpParams& p, const Plan& plan, con
       Vec left, right, lower_left, lower_right;
       load_pairs(plane, cells, left, right);
       load_pairs(plane + p.input_stride[2], cells, lower_left, lower_right);
-      const Vec value =
-          y0 * (x0 * left + x1 * right) + y1 * (x0 * lower_left + x1 * lower_right);
+      const Vec value = y0 * (x0 * left + x1 * right) + y1 * (x0 * lower_left + x1 * lower_right);
       check += broadcast(0) * value;
       if (lanes == kLanes) {
         put(target, value, around_caches);
@@ -196,9 +196,9 @@ MAFNET_KERNEL void forward_block_of(const FlowWarpParams& p, const PixelBlock& b
   }
   if (p.mask == nullptr) return;
   for (int r = 0; r < block.rows; ++r) {
-    write_mask<T>(p, b.plan, r * b.stride, block.columns,
-                  (block.n * p.out_height + block.y + r) * static_cast<int64_t>(p.out_width) +
-                      block.x);
+    write_mask<T>(
+        p, b.plan, r * b.stride, block.columns,
+        (block.n * p.out_height + block.y + r) * static_cast<int64_t>(p.out_width) + block.x);
   }
 }
 
@@ -321,11 +321,10 @@ MAFNET_KERNEL void grad_flow_block_of(const FlowWarpParams& p, const PixelBlock&
     }
   }
   for (int r = 0; r < block.rows; ++r) {
-    write_grad_flow(p, b.plan, r * b.stride, block.columns, image,
-                    grad + r * p.grad_output_stride[2],
-                    (block.n * p.out_height + block.y + r) * static_cast<int64_t>(p.out_width) +
-                        block.x,
-                    grad_x, grad_y);
+    write_grad_flow(
+        p, b.plan, r * b.stride, block.columns, image, grad + r * p.grad_output_stride[2],
+        (block.n * p.out_height + block.y + r) * static_cast<int64_t>(p.out_width) + block.x,
+        grad_x, grad_y);
   }
 }
 
