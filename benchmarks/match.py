@@ -34,9 +34,10 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def gradient_for(output: Tensor, dtype: torch.dtype) -> Tensor:
-    """An incoming gradient that is the same for everyone: random, and representable in ``dtype``."""
+    """The incoming gradient, the same for everyone: random, representable in ``dtype``, laid out as the output."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(output.shape, generator=generator).to(dtype).to(output)
+    gradient = torch.randn(output.shape, generator=generator).to(dtype)
+    return torch.empty_like(output).copy_(gradient)
 
 
 def run_pass(

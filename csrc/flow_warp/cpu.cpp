@@ -3,9 +3,10 @@
 // Bilinear float and half precision goes to kernels for the vector instructions at hand
 // (cpu_bilinear.h), everything else to cpu_generic.h.
 //
-// Forward and grad_flow: one task per span of output pixels. grad_input: one task per band of its
-// rows, which only that task writes; it visits the source rows that reach the band in raster order.
-// No atomics, and the same sums in the same order whatever the number of threads.
+// Forward and grad_flow: one task per span of output pixels, or block of them in planes.
+// grad_input: one task per band of its rows, which only that task writes; it visits the source rows
+// that reach the band in raster order. No atomics, and the same sums in the same order whatever the
+// number of threads.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -14,6 +15,7 @@
 #include "common/fresh_memory.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/vectors.h"
 #include "flow_warp/cpu_bilinear.h"
 #include "flow_warp/cpu_generic.h"
 
@@ -55,13 +57,33 @@ template <typename Body>
 void for_each_span(const FlowWarpParams& p, const Body& body) {
   const int64_t pixels = static_cast<int64_t>(p.out_height) * p.out_width;
   const int64_t wanted = kTaskElements / std::max<int64_t>(p.channels, 1);
-  // Planes need long spans; channels_last does not.
-  const int64_t length = p.channels_last ? std::clamp<int64_t>(wanted, 64, kSpan) : kSpan;
+  const int64_t length = std::clamp<int64_t>(wanted, 64, kSpan);
   const int64_t per_image = divide_up(pixels, length);
   parallel_for(0, p.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % per_image * length;
       body(PixelSpan{task / per_image, first, static_cast<int>(std::min(length, pixels - first))});
+    }
+  });
+}
+
+// Calls body(block, scratch) for blocks that make up the output, of about the same width.
+template <typename Body>
+void for_each_block(const FlowWarpParams& p, const Body& body) {
+  if (p.out_width == 0) return;
+  const int64_t least = divide_up(p.out_width, kBlockColumns);
+  const int columns =
+      static_cast<int>(divide_up(divide_up(p.out_width, least), kTilePixels) * kTilePixels);
+  const int64_t across = divide_up(p.out_width, columns);
+  const int64_t per_image = across * divide_up(p.out_height, kBlockRows);
+  parallel_for(0, p.batch * per_image, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> scratch(kScratch, false);
+    for (int64_t task = begin; task < end; ++task) {
+      const int y = static_cast<int>(task % per_image / across) * kBlockRows;
+      const int x = static_cast<int>(task % across) * columns;
+      body(PixelBlock{task / per_image, y, x, std::min(kBlockRows, p.out_height - y),
+                      std::min(columns, p.out_width - x)},
+           scratch.data());
     }
   });
 }
@@ -78,13 +100,20 @@ void forward(const FlowWarpParams& p) {
   const bool exists = prepare_output(p.output, bytes);
   // A new page is in the caches when channels_last writes it; planes are written here and there,
   // and come to a page of 2 MB long after it was zeroed (216 ms against 158 for 64 x 720 x 1280).
+  // Of planes every row of a block must begin at a line.
   const bool stream = bytes >= kLargeOutput && (exists || !p.channels_last) &&
-                      is_aligned(p, p.output, p.output_stride);
+                      is_aligned(p, p.output, p.output_stride) &&
+                      (p.channels_last || p.output_stride[2] * element_size(p.dtype) % 64 == 0);
   if (!is_fast(p)) {
     return for_each_span(p, [&](const PixelSpan& span) { generic_forward(p, span); });
   }
   const BilinearKernels& kernels = bilinear_kernels();
-  for_each_span(p, [&](const PixelSpan& span) { kernels.forward(p, span, stream); });
+  if (p.channels_last) {
+    return for_each_span(p, [&](const PixelSpan& span) { kernels.forward(p, span, stream); });
+  }
+  for_each_block(p, [&](const PixelBlock& block, float* scratch) {
+    kernels.forward_block(p, block, scratch, stream);
+  });
 }
 
 void grad_flow(const FlowWarpParams& p) {
@@ -93,7 +122,12 @@ void grad_flow(const FlowWarpParams& p) {
     std::memset(p.grad_flow, 0, static_cast<size_t>(elements * element_size(p.flow_dtype)));
   } else if (is_fast(p)) {
     const BilinearKernels& kernels = bilinear_kernels();
-    for_each_span(p, [&](const PixelSpan& span) { kernels.grad_flow(p, span); });
+    if (p.channels_last) {
+      return for_each_span(p, [&](const PixelSpan& span) { kernels.grad_flow(p, span); });
+    }
+    for_each_block(p, [&](const PixelBlock& block, float* scratch) {
+      kernels.grad_flow_block(p, block, scratch);
+    });
   } else {
     for_each_span(p, [&](const PixelSpan& span) { generic_grad_flow(p, span); });
   }

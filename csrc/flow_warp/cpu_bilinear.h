@@ -12,19 +12,30 @@
 
 namespace mafnet {
 
-// Pixels of one call. Planes are read one after another for all pixels of a call: with fewer, every
-// plane is a new page for the TLB after a few pixels (22 ms for 64 x 180 x 320 at 64 pixels, 6 at
-// 2048); with more, the plan of a call leaves the L2 cache.
+// Pixels of one call; with more, the plan of a call leaves the L2 cache.
 constexpr int kSpan = 2048;
 // Pixels and channels that planes are transposed by on their way into grad_input. With 32 channels
 // a band of 1280 columns leaves the L2 cache (307 ms against 231 for 64 x 720 x 1280).
 constexpr int kTilePixels = 16;
 constexpr int kTileChannels = 16;
+// Planes are warped in blocks of the output: wide, since every row of every plane is a page of its
+// own, and high, since neighbours read the same tiles of the image.
+constexpr int kBlockColumns = 128;
+constexpr int kBlockRows = kSpan / kBlockColumns;
+// What one block may read, in tiles of kTilePixels x kTileChannels floats: 640 kB, of an L2 cache.
+constexpr int kScratchTiles = 640;
+constexpr int kScratch = kScratchTiles * kTilePixels * kTileChannels;
 
 // Pixels first .. first + count of the output of image n, in raster order; count <= kSpan.
 struct PixelSpan {
   int64_t n, first;
   int count;
+};
+
+// A rectangle of the output of image n, of at most kBlockRows and kBlockColumns.
+struct PixelBlock {
+  int64_t n;
+  int y, x, rows, columns;
 };
 
 struct RowRange {
@@ -54,9 +65,13 @@ struct Tile {
 };
 
 struct BilinearKernels {
-  // stream: store around the caches, for outputs larger than those.
+  // channels_last. stream: store around the caches, for outputs larger than those.
   void (*forward)(const FlowWarpParams& p, const PixelSpan& span, bool stream);
   void (*grad_flow)(const FlowWarpParams& p, const PixelSpan& span);
+  // Planes. scratch: kScratch floats, aligned to a line of the caches.
+  void (*forward_block)(const FlowWarpParams& p, const PixelBlock& block, float* scratch,
+                        bool stream);
+  void (*grad_flow_block)(const FlowWarpParams& p, const PixelBlock& block, float* scratch);
   RowRange (*row_range)(const FlowWarpParams& p, int64_t n, int y);
   // ranges: of every output row of image band.n. The tiles are those of any channels.
   void (*find_tiles)(const FlowWarpParams& p, const RowRange* ranges, const Band& band,

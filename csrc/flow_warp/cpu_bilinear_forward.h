@@ -1,24 +1,17 @@
-// The bilinear forward kernel, over the plan of cpu_bilinear_plan.h. See cpu_bilinear_kernels.h.
+// The bilinear forward kernel of channels_last, over the plan of cpu_bilinear_plan.h. See
+// cpu_bilinear_kernels.h.
 namespace mafnet {
 namespace {
 
+// Computes again what is not finite, without the taps of weight zero: of `count` pixels, the first
+// one that of the plan's element `begin`.
 template <typename T>
-MAFNET_KERNEL MAFNET_INLINE void put(T* output, Vec value, bool around_caches) {
-  if (around_caches) {
-    stream(output, value);
-  } else {
-    store(output, value);
-  }
-}
-
-// Computes again what is not finite, without the taps of weight zero.
-template <typename T>
-void repair(const FlowWarpParams& p, const Plan& plan, int64_t channels, const T* image,
-            T* output) {
+void repair(const FlowWarpParams& p, const Plan& plan, int begin, int count, int64_t channels,
+            const T* image, T* output) {
   const int64_t *from = p.input_stride, *to = p.output_stride;
-  for (int i = 0; i < plan.count; ++i) {
+  for (int i = begin; i < begin + count; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
-      T& result = output[i * to[3] + c * to[1]];
+      T& result = output[(i - begin) * to[3] + c * to[1]];
       if (std::isfinite(static_cast<float>(result))) continue;
       float value = 0;
       for (int j = 0; j < 2; ++j) {
@@ -34,18 +27,16 @@ void repair(const FlowWarpParams& p, const Plan& plan, int64_t channels, const T
   }
 }
 
-// Fetches the right pixels of the cell a few pixels on; the left ones are those of the cell before.
+// Fetches into the L2 cache the lower right pixel of the cell some pixels on: under most flows the
+// left one is that of the cell before, and the upper ones were read with the row above.
 template <typename T>
 MAFNET_KERNEL MAFNET_INLINE void prefetch_cell(const FlowWarpParams& p, const Plan& plan, int i,
                                                const T* image) {
   const int later = std::min(i + kPixelsAhead, plan.count - 1);
-  const T* upper =
-      image + plan.y.cell[later] * p.input_stride[2] + (plan.x.cell[later] + 1) * p.input_stride[3];
+  const T* pixel = image + (plan.y.cell[later] + 1) * p.input_stride[2] +
+                   (plan.x.cell[later] + 1) * p.input_stride[3];
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t c = 0; c < p.channels; c += kLine) {
-    __builtin_prefetch(upper + c);
-    __builtin_prefetch(upper + p.input_stride[2] + c);
-  }
+  for (int64_t c = 0; c < p.channels; c += kLine) __builtin_prefetch(pixel + c, 0, 2);
 }
 
 // Channels one by one of a pixel of which vectors have taken the first ones.
@@ -87,64 +78,26 @@ MAFNET_KERNEL void forward_channels_last(const FlowWarpParams& p, const Plan& pl
     }
     check_rest += blend_rest(upper, lower, next, w, whole, p.channels, target);
   }
-  if (!(sum_of(check) + check_rest == 0)) repair(p, plan, p.channels, image, output);
+  if (!(sum_of(check) + check_rest == 0)) {
+    repair(p, plan, 0, plan.count, p.channels, image, output);
+  };
 }
 
-// Stores the first lanes of a vector.
+// Of `count` pixels: from the plan's element `begin` to the mask's element `first` on.
 template <typename T>
-MAFNET_KERNEL void store_first(T* output, Vec value, int lanes) {
-  T all[kLanes];
-  store(all, value);
-  std::memcpy(output, all, static_cast<size_t>(lanes) * sizeof(T));
-}
-
-// Several planes at once share the reading of the plan.
-template <typename T>
-MAFNET_KERNEL void forward_planes(const FlowWarpParams& p, const Plan& plan, const int* offset,
-                                  int64_t planes, const T* image, T* output, bool around_caches) {
-  Vec check = broadcast(0);
-  for (int i = 0; i < plan.count; i += kLanes) {
-    const Vec x0 = load(plan.x.weight[0] + i), x1 = load(plan.x.weight[1] + i);
-    const Vec y0 = load(plan.y.weight[0] + i), y1 = load(plan.y.weight[1] + i);
-    const int lanes = std::min(kLanes, plan.count - i);
-    for (int64_t u = 0; u < planes; ++u) {
-      const T* plane = image + u * p.input_stride[1];
-      T* target = output + u * p.output_stride[1] + i;
-      const T* ahead = plane + kPlanes * p.input_stride[1] + offset[i];
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + p.input_stride[2]);
-      Vec a, b, c, d;
-      load_pairs(plane, offset + i, a, b);
-      load_pairs(plane + p.input_stride[2], offset + i, c, d);
-      const Vec value = y0 * (x0 * a + x1 * b) + y1 * (x0 * c + x1 * d);
-      check += broadcast(0) * value;
-      if (lanes == kLanes) {
-        put(target, value, around_caches);
-      } else {
-        store_first(target, value, lanes);
-      }
-    }
-  }
-  if (!(sum_of(check) == 0)) repair(p, plan, planes, image, output);
-}
-
-// Where the cells begin in a plane; whole vectors.
-MAFNET_KERNEL void find_offsets(const FlowWarpParams& p, const Plan& plan,
-                                int* __restrict__ offset) {
-  const int row = static_cast<int>(p.input_stride[2]);
-  const int whole = (plan.count + kLanes - 1) / kLanes * kLanes;
-  for (int i = 0; i < whole; ++i) offset[i] = plan.y.cell[i] * row + plan.x.cell[i];
-}
-
-template <typename T>
-MAFNET_KERNEL void write_mask(const FlowWarpParams& p, const PixelSpan& span, const Plan& plan) {
-  T* mask = static_cast<T*>(p.mask) + span.n * p.out_height * static_cast<int64_t>(p.out_width) +
-            span.first;
+MAFNET_KERNEL void write_mask(const FlowWarpParams& p, const Plan& plan, int begin, int count,
+                              int64_t first) {
+  T* mask = static_cast<T*>(p.mask) + first;
   const float last_x = static_cast<float>(p.width - 1), last_y = static_cast<float>(p.height - 1);
-  for (int i = 0; i < span.count; ++i) {
-    const float x = plan.x.position[i], y = plan.y.position[i];
+  for (int i = 0; i < count; ++i) {
+    const float x = plan.x.position[begin + i], y = plan.y.position[begin + i];
     mask[i] = static_cast<T>(x >= 0 && x <= last_x && y >= 0 && y <= last_y ? 1.0f : 0.0f);
   }
+}
+
+// In an image-sized array of all images.
+int64_t first_pixel(const FlowWarpParams& p, const PixelSpan& span) {
+  return span.n * p.out_height * static_cast<int64_t>(p.out_width) + span.first;
 }
 
 template <typename T>
@@ -152,17 +105,11 @@ MAFNET_KERNEL void forward_span(const FlowWarpParams& p, const PixelSpan& span,
                                 bool around_caches) {
   Plan plan;
   plan_span(p, span, plan);
-  if (p.mask != nullptr) write_mask<T>(p, span, plan);
+  if (p.mask != nullptr) write_mask<T>(p, plan, 0, span.count, first_pixel(p, span));
   const T* image = static_cast<const T*>(p.input) + span.n * p.input_stride[0];
   T* output =
       static_cast<T*>(p.output) + span.n * p.output_stride[0] + span.first * p.output_stride[3];
-  if (p.channels_last) return forward_channels_last(p, plan, image, output, around_caches);
-  int offset[kSpanStride];
-  find_offsets(p, plan, offset);
-  for (int64_t c = 0; c < p.channels; c += kPlanes) {
-    forward_planes(p, plan, offset, std::min(kPlanes, p.channels - c),
-                   image + c * p.input_stride[1], output + c * p.output_stride[1], around_caches);
-  }
+  forward_channels_last(p, plan, image, output, around_caches);
 }
 
 void forward(const FlowWarpParams& p, const PixelSpan& span, bool around_caches) {

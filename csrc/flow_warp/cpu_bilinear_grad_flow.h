@@ -4,7 +4,8 @@ namespace {
 
 // The derivative of the blend, times grad_output, summed over the channels.
 
-// One pixel again without the taps that have no part in it; its sums were not finite.
+// One pixel, whose channels are at grad, again without the taps that have no part in it; its sums
+// were not finite.
 template <typename T>
 void repair_grad_flow(const FlowWarpParams& p, const Plan& plan, int i, const T* image,
                       const T* grad, float& grad_x, float& grad_y) {
@@ -18,7 +19,7 @@ void repair_grad_flow(const FlowWarpParams& p, const Plan& plan, int i, const T*
                      (plan.x.cell[i] + k) * p.input_stride[3];
       float dot = 0;
       for (int64_t c = 0; c < p.channels; ++c) {
-        dot += static_cast<float>(grad[i * p.grad_output_stride[3] + c * p.grad_output_stride[1]]) *
+        dot += static_cast<float>(grad[c * p.grad_output_stride[1]]) *
                static_cast<float>(tap[c * p.input_stride[1]]);
       }
       grad_x += wy * sx * dot;
@@ -61,42 +62,24 @@ MAFNET_KERNEL void grad_flow_channels_last(const FlowWarpParams& p, const Plan& 
   }
 }
 
+// Of `count` pixels: from the plan's element `begin`, which grad belongs to, to the gradient's
+// pixel `first` on.
 template <typename T>
-MAFNET_KERNEL Vec load_first(const T* p, int lanes) {
-  T all[kLanes] = {};
-  std::memcpy(static_cast<void*>(all), p, static_cast<size_t>(lanes) * sizeof(T));
-  return load(all);
-}
-
-// Adds what several channels contribute.
-template <typename T>
-MAFNET_KERNEL void add_grad_flow_planes(const FlowWarpParams& p, const Plan& plan,
-                                        const int* offset, int64_t planes, const T* image,
-                                        const T* grad, float* __restrict__ grad_x,
-                                        float* __restrict__ grad_y) {
-  for (int i = 0; i < plan.count; i += kLanes) {
-    const Vec x0 = load(plan.x.weight[0] + i), x1 = load(plan.x.weight[1] + i);
-    const Vec y0 = load(plan.y.weight[0] + i), y1 = load(plan.y.weight[1] + i);
-    const Vec slope_x0 = load(plan.x.slope[0] + i), slope_x1 = load(plan.x.slope[1] + i);
-    const Vec slope_y0 = load(plan.y.slope[0] + i), slope_y1 = load(plan.y.slope[1] + i);
-    const int lanes = std::min(kLanes, plan.count - i);
-    Vec by_x = load(grad_x + i), by_y = load(grad_y + i);
-    for (int64_t u = 0; u < planes; ++u) {
-      const T* plane = image + u * p.input_stride[1];
-      const T* g = grad + u * p.grad_output_stride[1] + i;
-      const T* ahead = plane + kPlanes * p.input_stride[1] + offset[i];
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + p.input_stride[2]);
-      Vec a, b, c, d;
-      load_pairs(plane, offset + i, a, b);
-      load_pairs(plane + p.input_stride[2], offset + i, c, d);
-      const Vec gu = lanes == kLanes ? load(g) : load_first(g, lanes);
-      by_x += gu * (y0 * (slope_x0 * a + slope_x1 * b) + y1 * (slope_x0 * c + slope_x1 * d));
-      by_y += gu * (slope_y0 * (x0 * a + x1 * b) + slope_y1 * (x0 * c + x1 * d));
+MAFNET_KERNEL void write_grad_flow(const FlowWarpParams& p, const Plan& plan, int begin, int count,
+                                   const T* image, const T* grad, int64_t first, float* grad_x,
+                                   float* grad_y) {
+  dispatch_type(p.flow_dtype, [&](auto type) {
+    using F = typename decltype(type)::type;
+    F* target = static_cast<F*>(p.grad_flow) + 2 * first;
+    for (int i = begin; i < begin + count; ++i, target += 2) {
+      if (!std::isfinite(grad_x[i]) || !std::isfinite(grad_y[i])) {
+        repair_grad_flow(p, plan, i, image, grad + (i - begin) * p.grad_output_stride[3], grad_x[i],
+                         grad_y[i]);
+      }
+      target[0] = static_cast<F>(grad_x[i]);
+      target[1] = static_cast<F>(grad_y[i]);
     }
-    store(grad_x + i, by_x);
-    store(grad_y + i, by_y);
-  }
+  });
 }
 
 template <typename T>
@@ -107,31 +90,8 @@ MAFNET_KERNEL void grad_flow_span(const FlowWarpParams& p, const PixelSpan& span
   const T* grad = static_cast<const T*>(p.grad_output) + span.n * p.grad_output_stride[0] +
                   span.first * p.grad_output_stride[3];
   float grad_x[kSpanStride], grad_y[kSpanStride];
-  if (p.channels_last) {
-    grad_flow_channels_last(p, plan, image, grad, grad_x, grad_y);
-  } else {
-    int offset[kSpanStride];
-    find_offsets(p, plan, offset);
-    std::fill_n(grad_x, plan.count + kLanes, 0.0f);
-    std::fill_n(grad_y, plan.count + kLanes, 0.0f);
-    for (int64_t c = 0; c < p.channels; c += kPlanes) {
-      add_grad_flow_planes(p, plan, offset, std::min(kPlanes, p.channels - c),
-                           image + c * p.input_stride[1], grad + c * p.grad_output_stride[1],
-                           grad_x, grad_y);
-    }
-  }
-  const int64_t pixel = span.n * p.out_height * static_cast<int64_t>(p.out_width) + span.first;
-  dispatch_type(p.flow_dtype, [&](auto type) {
-    using F = typename decltype(type)::type;
-    F* target = static_cast<F*>(p.grad_flow) + 2 * pixel;
-    for (int i = 0; i < plan.count; ++i) {
-      if (!std::isfinite(grad_x[i]) || !std::isfinite(grad_y[i])) {
-        repair_grad_flow(p, plan, i, image, grad, grad_x[i], grad_y[i]);
-      }
-      target[2 * i] = static_cast<F>(grad_x[i]);
-      target[2 * i + 1] = static_cast<F>(grad_y[i]);
-    }
-  });
+  grad_flow_channels_last(p, plan, image, grad, grad_x, grad_y);
+  write_grad_flow(p, plan, 0, plan.count, image, grad, first_pixel(p, span), grad_x, grad_y);
 }
 
 void grad_flow(const FlowWarpParams& p, const PixelSpan& span) {

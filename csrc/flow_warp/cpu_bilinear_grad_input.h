@@ -131,49 +131,6 @@ MAFNET_KERNEL void find_tiles(const FlowWarpParams& p, const RowRange* ranges, c
   });
 }
 
-// Interleaving the first half of the vectors with the second moves one bit of the number of the
-// vector into the number of the lane; once for each bit exchanges the two.
-MAFNET_KERNEL MAFNET_INLINE void transpose(Vec (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int bit = 1; bit < kLanes; bit *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave_low(v[i], v[i + kLanes / 2]);
-      next[2 * i + 1] = interleave_high(v[i], v[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
-  }
-}
-
-// pixels[i][c] = plane c of grad at pixel i; the channels that are missing are zeros.
-template <typename T>
-MAFNET_KERNEL void read_tile(const T* grad, int64_t plane, int64_t channels, int count,
-                             float* __restrict__ pixels) {
-  for (int64_t c = 0; c < kTileChannels; c += kLanes) {
-    for (int i = 0; i < count; i += kLanes) {
-      const T* source = grad + c * plane + i;
-      Vec v[kLanes];
-      if (c + kLanes <= channels && i + kLanes <= count) {
-#pragma GCC unroll 16
-        for (int u = 0; u < kLanes; ++u) {
-          v[u] = load(source + u * plane);
-          __builtin_prefetch(source + u * plane + kTilesAhead * kTilePixels, 0, 2);
-        }
-      } else {
-        for (int u = 0; u < kLanes; ++u) {
-          v[u] = c + u < channels ? load_first(source + u * plane, std::min(kLanes, count - i))
-                                  : broadcast(0);
-        }
-      }
-      transpose(v);
-#pragma GCC unroll 16
-      for (int k = 0; k < kLanes; ++k) store(pixels + (i + k) * kTileChannels + c, v[k]);
-    }
-  }
-}
-
 MAFNET_KERNEL MAFNET_INLINE void add_pixel(float* sum, float weight, const float* pixel) {
   for (int64_t c = 0; c < kTileChannels; c += kLanes) {
     store(sum + c, load(sum + c) + broadcast(weight) * load(pixel + c));

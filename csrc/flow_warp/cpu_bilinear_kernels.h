@@ -14,16 +14,18 @@
 // are not finite computed again, tap by tap.
 // clang-format off: each of these builds on the one before
 #include "flow_warp/cpu_bilinear_plan.h"
+#include "flow_warp/cpu_bilinear_tiles.h"
 #include "flow_warp/cpu_bilinear_forward.h"
 #include "flow_warp/cpu_bilinear_grad_flow.h"
+#include "flow_warp/cpu_bilinear_planes.h"
 #include "flow_warp/cpu_bilinear_grad_input.h"
 // clang-format on
 
 namespace mafnet {
 namespace {
 
-constexpr BilinearKernels kKernels{&forward,    &grad_flow,         &row_range,
-                                   &find_tiles, &grad_input_pixels, &grad_input_tiles};
+constexpr BilinearKernels kKernels{&forward,   &grad_flow,  &forward_block,     &grad_flow_block,
+                                   &row_range, &find_tiles, &grad_input_pixels, &grad_input_tiles};
 
 }  // namespace
 }  // namespace mafnet

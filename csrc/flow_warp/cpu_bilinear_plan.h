@@ -19,11 +19,11 @@ using torch::headeronly::Half;
 // Arrays end beyond kSpan so that whole vectors fit, and so that they do not begin in one cache
 // set.
 constexpr int kSpanStride = kSpan + 16;
-// Planes blended in one pass over a plan.
+// Planes gathered in one pass over a plan.
 constexpr int64_t kPlanes = 4;
 // How far ahead the cells of a channels_last image are fetched.
-constexpr int kPixelsAhead = 8;
-// How far ahead the planes of grad_output are fetched.
+constexpr int kPixelsAhead = 32;
+// How far ahead planes are fetched that are transposed.
 constexpr int kTilesAhead = 4;
 
 struct Axis {

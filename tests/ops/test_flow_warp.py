@@ -188,14 +188,20 @@ def test_block_and_vector_boundaries(layout: str, channels: int, width: int) -> 
 
 
 @needs_native
-def test_strips_of_planes() -> None:
-    """A strip is 2048 pixels of one image: here rows straddle it, and so do images."""
-    input, flow = uniform(2, 3, 50, 83), uniform(2, 50, 83, 2, reach=3.0, seed=1)
-    grad = uniform(2, 3, 50, 83, seed=2)
-    expected = run(input, flow, grad, warp_grid_sample, "bilinear", "reflection")
-    actual = run(input, flow, grad, flow_warp, "bilinear", "reflection")
-    for a, e in zip(actual, expected):
-        assert_rounding_only(a, e, 83 * TERMS)  # grid_sample's coordinates lose about log2(83) bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reach", [3.0, 300.0], ids=["near", "far"])
+@pytest.mark.parametrize("width", [127, 128, 145, 400])
+def test_blocks_of_planes(width: int, reach: float, dtype: torch.dtype) -> None:
+    """Blocks of 16 x 128 pixels, tiles of 16 channels and 5 more; at 400 the far flow reaches too much to hold."""
+    size = (2, 37, 35, width)
+    input, grad = (uniform(*size, seed=s).to(dtype) for s in (0, 2))
+    # off the kinks, and so coarse that all weights are exact
+    flow = uniform(2, 35, width, 2, reach=reach, seed=1).mul(4).round().div(4).add(1 / 8)
+    exact = run(input.double(), flow, grad.double(), flow_warp)
+    actual = run(input, flow.float(), grad, flow_warp)
+    # a pixel is reached from at most 9 x 9 of the near flow, from fewer of the far one
+    for a, e, terms in zip(actual, exact, (4, 81, 37 * 4)):
+        assert_rounding_only(a, e.to(a.dtype), terms)
 
 
 @devices
