@@ -195,9 +195,12 @@ class Function:
         return {header: body for header, body in bodies.items() if not self.is_spin(body)}
 
     def way(self, header: int, body: set[int]) -> int:
-        """Instructions of the shortest way through a loop, from its header back to it."""
+        """Instructions of the shortest way through a loop, from its header back to it.
+
+        Where a subroutine lies between, whose return is not followed, all instructions of the loop.
+        """
         pending, seen = [(0, header)], set[int]()
-        while True:
+        while pending:
             length, i = heapq.heappop(pending)
             if i == header and length > 0:
                 return length
@@ -206,6 +209,7 @@ class Function:
                 length += self.instructions[i][0] != "NOP"
                 for following in self.successors[i] & body:
                     heapq.heappush(pending, (length, following))
+        return count([self.instructions[i] for i in body])["slots"]
 
     def is_spin(self, body: set[int]) -> bool:
         """The few instructions in which sm_75 lets diverged lanes wait for each other: no work of ours."""
