@@ -194,7 +194,7 @@ def _add_eval(commands: Any) -> None:
     p.add_argument("folders", nargs="+", metavar="CLIP_DIR")
     p.add_argument("--model", default="lite", metavar="NAME|PATH", help="default lite")
     p.add_argument("--degradation", choices=("BI", "BD"), default="BI")
-    p.add_argument("--chunk", type=_positive, default=5, metavar="N", help="frames per window")
+    p.add_argument("--chunk", type=_positive, default=15, metavar="N", help="frames per window")
     p.add_argument("--overlap", type=_natural, default=1, metavar="N", help="context frames")
     p.add_argument("--limit", type=_positive, metavar="N", help="only the first N frames of a clip")
     p.add_argument(

@@ -44,7 +44,7 @@ class ClipScore:
 def main_eval(
     model: str,
     folders: list[str],
-    chunk: int = 5,
+    chunk: int = 15,
     overlap: int = 1,
     degradation: Degradation = "BI",
     copies: bool = False,
@@ -110,7 +110,7 @@ def score_clip(
     net: MAFnet,
     clip: EvalClip,
     degradation: Degradation = "BI",
-    chunk: int = 5,
+    chunk: int = 15,
     overlap: int = 1,
     copies: bool = False,
     limit: int | None = None,

@@ -94,7 +94,7 @@ class MAFnet(nn.Module):
     def temporal_radius(self) -> int:
         """Frames of context each side that are worth having at the ends of a window.
 
-        With a recurrence one is measured to bring what two do, for weights trained on clips of 5 frames.
+        With a recurrence one is measured to bring what two do (``mafnet/weights/README.md``).
         """
         return 1 if self.config.lstm != "none" or self.config.flow_branch else 0
 
