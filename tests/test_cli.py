@@ -218,7 +218,7 @@ def test_train_eval_and_doctor_are_wired(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["doctor"]) == 0
     assert calls == [
         (Path("recipe.toml"), ["steps=3", "seed=1"]),
-        ("m", ["clip"], 5, 1, "BI", False, 3, None),
+        ("m", ["clip"], 15, 1, "BI", False, 3, None),
         (),
     ]
 
