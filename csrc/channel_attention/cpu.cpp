@@ -21,10 +21,6 @@ constexpr int kBlock = 2048;       // elements: 8 kB, of which backward holds th
 constexpr int kBlockPixels = 64;   // at most, so that floats suffice for their sums
 constexpr int kTaskPixels = 2048;  // of all channels; few enough for many threads
 
-int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 template <typename A>
 constexpr Dtype kDense = sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
 
@@ -308,7 +304,8 @@ void statistics_backward(const ChannelStatisticsParams& p) {
       shares.data()[i] = mean + *grad_max.at(i) / static_cast<A>(count);
     }
   }
-  prepare_output(p.grad_input, images.batch * cut.channels * cut.pixels * bytes_of(images.dtype));
+  prepare_output(p.grad_input,
+                 images.batch * cut.channels * cut.pixels * element_bytes(images.dtype));
   parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     const size_t size = static_cast<size_t>(cut.block) * cut.width;
     Buffer<A> buffer(size, false), results(size, false);
@@ -339,7 +336,8 @@ void scale_backward(const ChannelScaleParams& p) {
   const PerChannel<A> gates(images, p.gate, 0, cut.channels);
   Totals<kPlanes> totals(cut);
   if (p.grad_input != nullptr) {
-    prepare_output(p.grad_input, images.batch * cut.channels * cut.pixels * bytes_of(images.dtype));
+    prepare_output(p.grad_input,
+                   images.batch * cut.channels * cut.pixels * element_bytes(images.dtype));
   }
   parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     const size_t size = static_cast<size_t>(cut.block) * cut.width;

@@ -5,10 +5,6 @@ namespace mafnet {
 
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-constexpr int element_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 // Coordinates, weights and sums are in float, in double for double.
 template <typename T>
 struct AccumulatorOf {

@@ -12,6 +12,10 @@
 
 namespace mafnet {
 
+constexpr int64_t element_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 // Calls body(Type<T>{}) with the type of dtype, for accumulators A: double alone goes with double.
 template <typename A, typename Body>
 void with_dtype(Dtype dtype, const Body& body) {

@@ -14,6 +14,7 @@
 
 #include "common/fresh_memory.h"
 #include "common/parallel.h"
+#include "common/pixels.h"
 #include "common/simd.h"
 #include "common/vectors.h"
 #include "flow_warp/cpu_bilinear.h"
@@ -29,10 +30,6 @@ constexpr int64_t kTaskElements = 1 << 17;
 constexpr int kBandRows = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
 
 const BilinearKernels& bilinear_kernels() {
 #if defined(__x86_64__)
@@ -90,20 +87,20 @@ void for_each_block(const FlowWarpParams& p, const Body& body) {
 
 // Every line of an output can be stored whole and around the caches.
 bool is_aligned(const FlowWarpParams& p, const void* output, const int64_t (&stride)[4]) {
-  const int64_t bytes = element_size(p.dtype), line = 64;
+  const int64_t bytes = element_bytes(p.dtype), line = 64;
   return reinterpret_cast<int64_t>(output) % line == 0 && stride[0] * bytes % line == 0 &&
          (p.channels_last ? stride[3] : stride[1]) * bytes % line == 0;
 }
 
 void forward(const FlowWarpParams& p) {
-  const int64_t bytes = p.batch * p.output_stride[0] * element_size(p.dtype);
+  const int64_t bytes = p.batch * p.output_stride[0] * element_bytes(p.dtype);
   const bool exists = prepare_output(p.output, bytes);
   // A new page is in the caches when channels_last writes it; planes are written here and there,
   // and come to a page of 2 MB long after it was zeroed (216 ms against 158 for 64 x 720 x 1280).
   // Of planes every row of a block must begin at a line.
   const bool stream = bytes >= kLargeOutput && (exists || !p.channels_last) &&
                       is_aligned(p, p.output, p.output_stride) &&
-                      (p.channels_last || p.output_stride[2] * element_size(p.dtype) % 64 == 0);
+                      (p.channels_last || p.output_stride[2] * element_bytes(p.dtype) % 64 == 0);
   if (!is_fast(p)) {
     return for_each_span(p, [&](const PixelSpan& span) { generic_forward(p, span); });
   }
@@ -119,7 +116,7 @@ void forward(const FlowWarpParams& p) {
 void grad_flow(const FlowWarpParams& p) {
   if (p.interpolation == Interpolation::kNearest) {  // piecewise constant
     const int64_t elements = p.batch * p.out_height * p.out_width * 2;
-    std::memset(p.grad_flow, 0, static_cast<size_t>(elements * element_size(p.flow_dtype)));
+    std::memset(p.grad_flow, 0, static_cast<size_t>(elements * element_bytes(p.flow_dtype)));
   } else if (is_fast(p)) {
     const BilinearKernels& kernels = bilinear_kernels();
     if (p.channels_last) {
@@ -147,12 +144,12 @@ std::vector<RowRange> find_ranges(const FlowWarpParams& p) {
 
 void grad_input(const FlowWarpParams& p) {
   const bool fast = is_fast(p);
-  const int64_t bytes = p.batch * p.grad_input_stride[0] * element_size(p.dtype);
+  const int64_t bytes = p.batch * p.grad_input_stride[0] * element_bytes(p.dtype);
   prepare_output(p.grad_input, bytes);
   // Whole lines only where every band begins at one.
   const bool stream = bytes >= kLargeOutput && !p.channels_last &&
                       is_aligned(p, p.grad_input, p.grad_input_stride) &&
-                      kBandRows * p.width * element_size(p.dtype) % 64 == 0;
+                      kBandRows * p.width * element_bytes(p.dtype) % 64 == 0;
   const std::vector<RowRange> all_ranges = find_ranges(p);
 
   const int64_t bands = divide_up(p.height, kBandRows);

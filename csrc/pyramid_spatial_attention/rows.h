@@ -192,13 +192,9 @@ int with_accumulator(Dtype dtype, const Body& body) {
   return 0;
 }
 
-inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 // Of an output that is written from end to end, see common/fresh_memory.h.
 inline void prepare(const Target& image, int64_t batch, int64_t elements) {
-  prepare_output(image.data, batch * elements * bytes_of(image.dtype));
+  prepare_output(image.data, batch * elements * element_bytes(image.dtype));
 }
 
 }  // namespace mafnet
