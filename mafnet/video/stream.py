@@ -18,7 +18,8 @@ from .tile import MIN_HALO, SuperResolver, alignment, round_up, upscale_window
 # `lite` takes 5 kB for each in fp32 on a CPU (measured), so about 5 GB.
 WINDOW_PIXELS = 1_000_000
 # With the bundled weights, last trained on clips of 10 frames, 15 new frames and 1 of context each side measure
-# 0.08 dB above 5 and 1 on Vid4's calendar, in a fifth less time; 2 or 3 of context bring nothing.
+# 0.08 dB above 5 and 1 on Vid4's calendar, with a fifth fewer frames to compute; 2 or 3 of
+# context bring nothing.
 MIN_CHUNK, MAX_CHUNK = 5, 15
 OUTPUT_PIXELS = 16_000_000  # LR pixels of kept frames: 192 bytes each as x4 float RGB, 3 GB in all
 TILED_CHUNK = 5
