@@ -34,7 +34,7 @@ from triton.runtime import interpreter
 OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = Blocks(16, 32, 4, 2)
-KERNELS = Path(ours.__file__).with_name("self_attention_kernels.py")
+KERNELS = Path(ours.__file__).with_name("self_attention_kernels")
 
 
 @pytest.fixture(
@@ -614,16 +614,16 @@ def test_empty(shape: Shape, device: str, small: None) -> None:
 # -------------------------------------------------------------------------------------- planted bugs
 
 
-def load_with(replaced: str, by: str, folder: Path) -> ModuleType:
-    source = KERNELS.read_text()
-    assert replaced in source
-    path = folder / "planted_kernels.py"
-    path.write_text(source.replace(replaced, by))
-    spec = importlib.util.spec_from_file_location("planted_kernels", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_with(replaced: str, by: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The package of kernels, copied to ``folder``, with ``by`` wherever ``replaced`` stands."""
+    found = 0
+    for path in KERNELS.glob("*.py"):
+        source = path.read_text()
+        found += source.count(replaced)
+        (folder / path.name).write_text(source.replace(replaced, by))
+    assert found
+    monkeypatch.syspath_prepend(folder.parent)
+    return importlib.import_module(folder.name)
 
 
 def edges(device: str) -> None:
@@ -683,7 +683,7 @@ def test_planted_bugs_are_caught(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    planted = load_with(replaced, by, tmp_path)
+    planted = load_with(replaced, by, tmp_path, monkeypatch)
     monkeypatch.setattr(ours, "_kernels", lambda: planted)
     with pytest.raises(AssertionError):
         test("cpu")
