@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import sass
+import triton_report
 from sass import Kernel, Loop
 from test_packaging import ROOT
+
+from mafnet_ops import self_attention_triton as host
 
 pytest.importorskip("triton")
 no_tools = ", ".join(sass.missing_tools())
@@ -42,6 +45,19 @@ def test_kernels_hold_their_bars(tmp_path: Path) -> None:
     assert (
         "self_attention_forward_kernel<bfloat16, 16, 64, rows> sm_90a: registers" in broken.stdout
     )
+
+
+@pytest.mark.parametrize("case", triton_report.CASES, ids=str)
+def test_every_case_has_its_bars(case: triton_report.Case) -> None:
+    """What `make kernels` would find minutes later."""
+    rows = triton_report.tomllib.loads(BARS.read_text())["bar"]
+    archs = {row["kernel"]: row.get("archs", list(triton_report.DEVICES)) for row in rows}
+    kinds = ["forward", "backward_key_value", "backward_query"]
+    names = [f"self_attention_{kind}_kernel<{case}>" for kind in kinds]
+    if host.use_atomics(case.width_qk, False):
+        names.append(f"self_attention_backward_key_value_kernel<{case}, atomic>")
+    for name in names:
+        assert set(case.archs) <= set(archs.get(name, ())), name
 
 
 def test_the_pipelined_loop_is_chosen() -> None:
