@@ -167,7 +167,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "fp32", "fp16", "bf16"),
-        help="arithmetic; auto is fp16 on CUDA, fp32 elsewhere",
+        help="arithmetic; auto is fp16 on CUDA, bf16 on CPUs with AVX512-BF16 or AMX, fp32 elsewhere",
     )
 
 

@@ -17,7 +17,8 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Conv2d:
 
 
 def lrelu(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.1)
+    """In place: for sums and convolutions that nothing else needs."""
+    return F.leaky_relu(x, 0.1, inplace=True)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -85,16 +86,16 @@ def cost_volume(a: Tensor, b: Tensor, radius: int = 2) -> Tensor:
     """Mean absolute difference of ``a`` (N, C, H, W) and ``b`` shifted by up to ``radius`` pixels, relative to the mean
     over the shifts: (N, (2 radius + 1)^2, H, W) in fp32. Without it the flow was measured not to learn."""
     height, width = a.shape[-2:]
-    padded = F.pad(b, (radius,) * 4, mode="replicate")
+    padded = F.pad(b, (radius,) * 4, mode="replicate").to(b.dtype)  # autocast makes it fp32
     side = 2 * radius + 1
     cost = torch.stack(
         [
-            (a - padded[:, :, i : i + height, j : j + width]).abs().mean(1)
+            (a - padded[:, :, i : i + height, j : j + width]).abs_().mean(1, dtype=torch.float32)
             for i in range(side)
             for j in range(side)
         ],
         1,
-    ).float()
+    )
     return cost / (cost.mean(1, keepdim=True) + 1e-3) - 1
 
 
@@ -113,11 +114,11 @@ class FeaturePyramidFlow(nn.Module):
         def level() -> nn.Sequential:
             layers = nn.Sequential(
                 conv(2 * channels + 2 + 25, width),
-                nn.LeakyReLU(0.1),
+                nn.LeakyReLU(0.1, True),
                 conv(width, width),
-                nn.LeakyReLU(0.1),
+                nn.LeakyReLU(0.1, True),
                 conv(width, inner),
-                nn.LeakyReLU(0.1),
+                nn.LeakyReLU(0.1, True),
                 conv(inner, 2),
             )
             nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
@@ -264,10 +265,11 @@ class DeformableConvLSTM(nn.Module):
                     raw = self._head(heads[t], h, flow_t)  # type: ignore[arg-type]
                     h, c = self._align(h, c, raw, flow_t)
                 gates = gates + F.conv2d(h, weight[:, channels:], None, padding=1)
-            i, f, o, g = gates.chunk(4, 1)
-            update = torch.sigmoid(i) * torch.tanh(g)
-            c = update if c is None else torch.sigmoid(f) * c.to(update.dtype) + update
-            h = torch.sigmoid(o) * torch.tanh(c)
+            # The sigmoid of all four: one pass over whole memory costs less than three over parts of every pixel.
+            i, f, o, _ = torch.sigmoid(gates).chunk(4, 1)
+            update = i * torch.tanh(gates[:, 3 * channels :])
+            c = update if c is None else f * c.to(update.dtype) + update
+            h = o * torch.tanh(c)
             outputs.append(h)
         return torch.stack(outputs, 1)
 

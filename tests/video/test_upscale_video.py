@@ -27,6 +27,7 @@ from video.media import (
 
 from mafnet.video import EncodeSettings, UpscaleOptions, VideoError, upscale
 from mafnet.video.read import VideoReader, display_orientation
+from mafnet.video.run import pick_dtype
 
 LOSSLESS = EncodeSettings(crf=0, preset="ultrafast")
 QUIET = UpscaleOptions(progress=False, encode=LOSSLESS)
@@ -468,3 +469,26 @@ def test_tags_are_written(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "out.mp4")) as container:
         frame = next(container.decode(video=0))
     assert (frame.colorspace, frame.color_range) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_automatic_arithmetic(
+    capabilities: dict[str, bool], chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert pick_dtype("auto", torch.device("cpu")) == chosen
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert pick_dtype("fp32", torch.device("cpu")) == torch.float32
+
+
+def test_automatic_arithmetic_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
