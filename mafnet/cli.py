@@ -140,7 +140,7 @@ def _upscale(a: argparse.Namespace) -> None:
     width, height = report.size
     print(
         f"{a.output}: {report.frames} frames of {width}x{height} in {report.seconds:.1f} s "
-        f"({report.seconds / report.frames:.2f} s a frame)"
+        f"({report.seconds / report.frames:.2f} s a frame, {report.arithmetic})"
     )
 
 

@@ -66,11 +66,12 @@ def test_upscale(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     clip = make_video(tmp_path / "in.mp4", count=4, size=(16, 24))
-    assert main(["upscale", str(tmp_path / "in.mp4"), "-o", str(tmp_path / "out.mp4")]) == 0
+    line = ["upscale", str(tmp_path / "in.mp4"), "-o", str(tmp_path / "out.mp4"), "--dtype=bf16"]
+    assert main([*line, "--device=cpu"]) == 0
     frames, _ = read_video(tmp_path / "out.mp4")
     assert len(frames) == len(clip.frames) and frames[0].shape == (64, 96, 3)
     captured = capsys.readouterr()
-    assert "4 frames of 96x64" in captured.out
+    assert "4 frames of 96x64" in captured.out and "bf16 on cpu" in captured.out
     assert ("in.mp4: " in captured.err) == terminal  # the progress bar
 
 
@@ -79,7 +80,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def record(source: Path, target: Path, options: UpscaleOptions) -> UpscaleReport:
         calls.append((source, target, options))
-        return UpscaleReport(1, (4, 4), 1.0, ())
+        return UpscaleReport(1, (4, 4), 1.0, "fp32 on cpu", ())
 
     monkeypatch.setattr(mafnet.video, "upscale", record)
     line = (
@@ -240,11 +241,11 @@ def test_demo(
     monkeypatch.setattr(mafnet.demo, "SHOWN_FRAME", 1)
     monkeypatch.setattr(mafnet.demo, "DETAIL", (slice(0, 120), slice(0, 160)))
     monkeypatch.setattr(mafnet.video.run, "load_model", lambda *_: CubicNet(4))
-    assert main(["demo", "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert main(["demo", "-o", str(tmp_path / "out"), "--device=cpu", "--dtype=fp32"]) == 0
     printed = capsys.readouterr().out
     scores = [float(value) for value in re.findall(r"([\d.]+) dB", printed)]
     assert len(scores) == 2 and all(30 < value < 60 for value in scores)
-    assert "flow_warp: " in printed
+    assert "flow_warp: " in printed and "fp32 on cpu" in printed
     frames, _ = read_video(tmp_path / "out" / "demo.mp4")
     assert len(frames) == 3 and frames[0].shape == (*truth, 3)
     sheet = np.array(Image.open(tmp_path / "out" / "comparison.png"))

@@ -98,7 +98,8 @@ def run_demo(
     print(f"{frames} frames, x4 to {report.size[0]}x{report.size[1]}; PSNR and SSIM on Y:")
     print(comparison.bicubic.line("bicubic"))
     print(comparison.ours.line("MAFnet"))
-    print(f"  {(report.seconds - comparison.seconds) / frames:.2f} s a frame, encoding included")
+    seconds = (report.seconds - comparison.seconds) / frames
+    print(f"  {seconds:.2f} s a frame, encoding included, {report.arithmetic}")
     for name, chosen in backends(device).items():
         print(f"  {name}: {chosen}")
     print(f"wrote {video} (with the clip's sound) and {picture}")

@@ -56,11 +56,15 @@ class UpscaleOptions:
 
 @dataclass(frozen=True)
 class UpscaleReport:
-    """What was done: `seconds` is wall time of upscaling, decoding and encoding together."""
+    """What was done: `seconds` is wall time of upscaling, decoding and encoding together.
+
+    `arithmetic` is for people, such as "bf16 on cpu".
+    """
 
     frames: int
     size: tuple[int, int]
     seconds: float
+    arithmetic: str
     notes: tuple[str, ...]
 
 
@@ -166,7 +170,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it (AVX512-BF16, AMX), and PyTorch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -177,6 +181,11 @@ class _Job:
     dtype: torch.dtype
     options: UpscaleOptions
     observe: Callable[[Frame, Tensor], None] | None
+
+    @property
+    def arithmetic(self) -> str:
+        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return f"{name} on {self.device}"
 
     def plan(self, height: int, width: int) -> Plan:
         o = self.options
@@ -218,7 +227,7 @@ def _upscale_video(source: Path, target: Path, job: _Job) -> UpscaleReport:
                 raise
             os.replace(temporary, target)
         notes = (*info.notes, *reader.notes, *writer.notes)
-    return UpscaleReport(count, size, time.monotonic() - began, notes)
+    return UpscaleReport(count, size, time.monotonic() - began, job.arithmetic, notes)
 
 
 def _upscale_folder(source: Path, target: Path, job: _Job) -> UpscaleReport:
@@ -256,7 +265,7 @@ def _upscale_folder(source: Path, target: Path, job: _Job) -> UpscaleReport:
             raise VideoError(f"{target}: {len(paths)} frames went in, {count} came out")
         _move_folder(temporary, target)
     size = width * job.net.scale, height * job.net.scale
-    return UpscaleReport(count, size, time.monotonic() - began, ())
+    return UpscaleReport(count, size, time.monotonic() - began, job.arithmetic, ())
 
 
 def _upscale_image(source: Path, target: Path, job: _Job) -> UpscaleReport:
@@ -273,7 +282,7 @@ def _upscale_image(source: Path, target: Path, job: _Job) -> UpscaleReport:
         save_picture(temporary, picture, suffix)
         os.replace(temporary, target)
     size = width * job.net.scale, height * job.net.scale
-    return UpscaleReport(1, size, time.monotonic() - began, ())
+    return UpscaleReport(1, size, time.monotonic() - began, job.arithmetic, ())
 
 
 @contextmanager
