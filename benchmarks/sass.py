@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Classes of instructions that bars may name, by opcode; the first that matches counts. The class `slots` is
-# every instruction: each one takes an issue slot of its warp; `way` those of a loop's shortest way around.
+# every instruction: each one takes an issue slot of its warp; `way` those of a loop's shortest way around, `work` those
+# of the shortest one on which it writes most to global memory.
 CLASSES = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -54,8 +55,10 @@ CLASSES = {
         "BAR": r"BAR\.",
     }.items()
 }
+STORES = ("STG.128", "STG.64", "STG")
+WRITES = re.compile(r"ST\b|STG|RED|ATOMG?\b")
 CALLS = {"div64": "_s64", "div64u": "_u64", "fdiv": "div_rn", "call": ""}  # by the callee's name
-METRICS = ("slots", "way", *CLASSES, *CALLS)
+METRICS = ("slots", "way", "work", *CLASSES, *CALLS)
 
 KERNEL_NAMES = {"__nv_bfloat16": "bfloat16", "__half": "half"}
 
@@ -86,8 +89,12 @@ class Kernel:
         """The mix of the longest innermost loop, or of the longest loop of all; empty without loops.
 
         "pipelined" is the longest of all with asynchronous copies, if any: beside it there may be a loop for the rest,
-        and on sm_100 there are loops in it that wait for the tensor cores.
+        and on sm_100 there are loops in it that wait for the tensor cores. "storing" is the shortest of all that have
+        stores.
         """
+        if which == "storing":
+            storing = [loop.mix for loop in self.loops if any(map(loop.mix.get, STORES))]
+            return min(storing, key=lambda mix: mix["slots"], default={})
         loops = [loop.mix for loop in self.loops if loop.innermost or which == "longest"]
         if which == "pipelined":
             loops = [loop.mix for loop in self.loops if loop.mix.get("cp.async")] or loops
@@ -152,6 +159,9 @@ _LABEL = re.compile(r"(\.L_\w+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
+_JUMPS = ("BRA", "JMP", "CALL")
+
+
 @dataclass
 class Function:
     """The instructions of one function (opcode, operands) and where each may continue."""
@@ -170,11 +180,13 @@ class Function:
                 found.append(instruction)
         successors = []
         for i, (predicate, opcode, operands) in enumerate(f.groups() for f in found):
-            target = _TARGET.search(operands) if opcode.startswith(("BRA", "JMP")) else None
+            target = _TARGET.search(operands) if opcode.startswith(_JUMPS) else None
             next_ = {labels[target[1]]} if target and target[1] in labels else set()
-            # "BRA P1, `(.L)`" and "BRA.U !UP0, ..." are conditional as well.
+            # "BRA P1, `(.L)`" and "BRA.U !UP0, ..." are conditional as well. What sm_80 calls within a function does
+            # not return: that is how loops are left there.
             conditional = predicate or re.match(r"\s*!?U?P\d", operands)
-            if conditional or not opcode.startswith(("BRA", "JMP", "EXIT", "RET")):
+            jumps = opcode.startswith(("BRA", "JMP", "EXIT", "RET")) or next_
+            if conditional or not jumps:
                 next_.add(i + 1)
             successors.append({n for n in next_ if n < len(found)})
         return cls([(f[2], f[3]) for f in found], successors)
@@ -211,9 +223,43 @@ class Function:
                     heapq.heappush(pending, (length, following))
         return count([self.instructions[i] for i in body])["slots"]
 
+    def work(self, header: int, bodies: dict[int, set[int]]) -> int:
+        """Instructions of the way through a loop on which it writes most to global memory, of the shortest of those.
+
+        Loops within are gone through once.
+        """
+        body = bodies[header]
+        back = {(i, h) for h, inside in bodies.items() for i in inside if h in self.successors[i]}
+        forward = {i: {n for n in self.successors[i] & body if (i, n) not in back} for i in body}
+        best, ends = {header: (0, 0)}, []  # writes and, negative, instructions before each one
+        for i in in_order(forward, header):
+            opcode = self.instructions[i][0]
+            done = best[i][0] + bool(WRITES.match(opcode)), best[i][1] - (opcode != "NOP")
+            for following in forward[i]:
+                best[following] = max(best.get(following, done), done)
+            if (i, header) in back:
+                ends.append(done)
+        return -max(ends)[1]
+
     def is_spin(self, body: set[int]) -> bool:
         """The few instructions in which sm_75 lets diverged lanes wait for each other: no work of ours."""
         return len(body) <= 16 and any(self.instructions[i][0] == "YIELD" for i in body)
+
+
+def in_order(edges: dict[int, set[int]], start: int) -> list[int]:
+    """Nodes that can be reached, each after all that lead to it."""
+    left: list[int] = []
+    seen, pending = {start}, [(start, iter(edges[start]))]
+    while pending:
+        node, following = pending[-1]
+        new = next((n for n in following if n not in seen), None)
+        if new is None:
+            left.append(node)
+            pending.pop()
+        else:
+            seen.add(new)
+            pending.append((new, iter(edges[new])))
+    return left[::-1]
 
 
 def invert(successors: list[set[int]]) -> list[set[int]]:
@@ -282,6 +328,7 @@ def read_cubin(cubin: Path) -> list[Kernel]:
                 mix={
                     **count([function.instructions[i] for i in body]),
                     "way": function.way(header, body),
+                    "work": function.work(header, bodies),
                 },
             )
             for header, body in bodies.items()

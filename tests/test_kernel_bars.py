@@ -219,6 +219,49 @@ def test_loops_are_natural_loops() -> None:
     assert inner < outer and len(inner) == 3
 
 
+STORING = """\
+.L_x_0:
+        /*0000*/              @P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0010*/                   FFMA R0, R1, R2, R3 ;
+        /*0020*/                   BRA P1, `(.L_x_1) ;
+        /*0030*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R0 ;
+        /*0040*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/                   FMUL R0, R1, R2 ;
+        /*0060*/                   FMUL R0, R1, R2 ;
+        /*0070*/                   NOP ;
+        /*0080*/                   BRA P2, `(.L_x_3) ;
+        /*0090*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R0 ;
+        /*00a0*/                   FMUL R0, R1, R2 ;
+.L_x_3:
+        /*00b0*/                   BRA P3, `(.L_x_4) ;
+        /*00c0*/                   STG.E [R2.64], R0 ;
+.L_x_4:
+        /*00d0*/             @!P1 CALL.REL.NOINC `(.L_x_5) ;
+        /*00e0*/                   BRA `(.L_x_0) ;
+.L_x_5:
+        /*00f0*/                   EXIT ;
+"""
+
+
+def test_the_work_of_a_loop_is_the_shortest_way_that_writes_most() -> None:
+    function = Function.parse(STORING.splitlines())
+    assert function.successors[13] == {14, 15}  # a call within the function: a jump
+    bodies = function.loops()
+    assert set(bodies) == {0, 1} and 15 not in bodies[0]
+    assert function.way(0, bodies[0]) == 7  # past all that writes
+    # The sum and the store, by the way that takes 1 less, its loop once.
+    assert function.work(0, bodies) == 9
+
+
+def test_the_loop_that_stores() -> None:
+    mixes = ({"slots": 9, "STG.64": 1}, {"slots": 7, "STG": 2}, {"slots": 5, "RED": 1})
+    kernel = replace(GOOD, loops=tuple(Loop(True, mix) for mix in mixes))
+    assert kernel.hot_loop("storing") == mixes[1]
+    assert replace(GOOD, loops=()).hot_loop("storing") == {}
+
+
 # ------------------------------------------------------------------------------------ planted kernels
 
 PLANTED = r"""
