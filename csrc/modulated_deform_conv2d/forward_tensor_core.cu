@@ -68,30 +68,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < Products::kVectors; ++i) {
     stage[vector_of<Products>(column_tile, i, lane)] = vectors[i];
   }
-  // Behind the stages: the mask of those who have none, see with_mask.
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
-    stage[kLaneTiles * Products::kVectors] = make_uint4(__float_as_uint(1.0f), 0, 0, 0);
+    store_mask_of_ones(stage + kLaneTiles * Products::kVectors);
   }
-}
-
-// What the loops want of the params, in the form in which they want it.
-struct Steps {
-  int last_row, last_column;  // of the image
-  // From tap to tap, in whole numbers below kMostPositions, whose sums are exact.
-  float to_column, to_row, back_to_column, back_to_row;
-
-  explicit Steps(const ModulatedDeformConv2dParams& p)
-      : last_row(p.height - 1),
-        last_column(p.width - 1),
-        to_column(static_cast<float>(p.dilation_w)),
-        to_row(static_cast<float>(p.dilation_h)),
-        back_to_column(static_cast<float>(-p.kernel_w * p.dilation_w)),
-        back_to_row(static_cast<float>(-p.kernel_h * p.dilation_h)) {}
-};
-
-DEVICE void move(float (&positions)[2], float by) {
-  positions[0] += by;
-  positions[1] += by;
 }
 
 template <typename Products, int kRuns, bool kRaw>
@@ -121,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     base_x[q] = static_cast<float>((pixel[q] - row * p.out_width) * p.stride_w - p.padding_w);
   }
   const CoordinateOrigin origin = make_origin<T>(p, n);
-  const CoordinatePlanes<T> planes(p, origin, pixel);
+  const CoordinatePlanes<T> planes(p, origin, steps, pixel);
   const T* input = static_cast<const T*>(p.input) + n * p.input_stride[0];
 
   // Run v of kRun channels lies in offset group v / runs_per_group % offset_groups, by products and
@@ -265,20 +244,10 @@ int64_t stages(const ModulatedDeformConv2dParams& p) {
   return int64_t{p.taps()} * (p.channels / kStepChannels) * ceil_div(p.out_channels, kOutputs);
 }
 
-// Without a mask, every sample reads the 1 behind the packed weights.
-template <typename Products>
-ModulatedDeformConv2dParams with_mask(const ModulatedDeformConv2dParams& params) {
-  ModulatedDeformConv2dParams p = params;
-  if (p.mask != nullptr) return p;
-  p.mask = static_cast<const uint4*>(p.packed_weight) + stages(p) * kLaneTiles * Products::kVectors;
-  p.mask_dtype = Dtype::kFloat32;
-  for (int64_t& stride : p.mask_stride) stride = 0;
-  return p;
-}
-
 template <typename Products>
 int launch_products(const ModulatedDeformConv2dParams& params, void* stream) {
-  const ModulatedDeformConv2dParams p = with_mask<Products>(params);
+  const ModulatedDeformConv2dParams p =
+      with_mask(params, stages(params) * kLaneTiles * Products::kVectors);
   const int status = launch(modulated_deform_conv2d_pack_weight_kernel<Products>,
                             grid_of(stages(p)), dim3(kThreads), 0, stream, p);
   if (status != 0) return status;

@@ -19,6 +19,25 @@ DEVICE Image image_of(const ModulatedDeformConv2dParams& p, const T* input, int 
           static_cast<uint32_t>(p.input_stride[3] * sizeof(T))};
 }
 
+DEVICE void move(float (&positions)[2], float by) {
+  positions[0] += by;
+  positions[1] += by;
+}
+
+// Without a mask, every sample reads the 1 that lies behind the packed weights.
+inline ModulatedDeformConv2dParams with_mask(const ModulatedDeformConv2dParams& params,
+                                             int64_t vectors_of_weights) {
+  ModulatedDeformConv2dParams p = params;
+  if (p.mask != nullptr) return p;
+  p.mask = static_cast<const uint4*>(p.packed_weight) + vectors_of_weights;
+  p.mask_dtype = Dtype::kFloat32;
+  for (int64_t& stride : p.mask_stride) stride = 0;
+  return p;
+}
+
+// By one thread of the kernel that packs them, to their end.
+DEVICE void store_mask_of_ones(uint4* end) { *end = make_uint4(__float_as_uint(1.0f), 0, 0, 0); }
+
 // Bounds under which coordinates are exact in float and in split_floor, pixels fit into int and
 // byte offsets from where an image begins into 32 bits, and products with reciprocals find the
 // offset group.

@@ -74,6 +74,13 @@ BACKWARD_CASES = {
     "1 vector, 3x3, 64 outputs, 2 images": Case(
         2, 64, 64, (9, 8), offset_groups=8, channels_last=True, planar_offset=True
     ),
+    # The tap in the middle lies inside for two whole warps, which then need no bounds.
+    "1 vector, 64 outputs, inside": Case(
+        1, 32, 64, (10, 14), padding=(0, 0), dilation=(3, 3), offset_groups=4, channels_last=True
+    ),
+    "2 vectors, 72 outputs, inside": Case(
+        1, 32, 72, (10, 14), padding=(0, 0), dilation=(3, 3), offset_groups=2, channels_last=True
+    ),
 }
 
 
@@ -92,6 +99,9 @@ BACKWARD_ALIGN_CASES = {
     ),
     "3 parts, one flow": AlignCase(
         Case(1, 96, 8, (4, 5), (1, 2), offset_groups=4, channels_last=True), 1, 3
+    ),
+    "2 parts, inside": AlignCase(
+        replace(BACKWARD_CASES["1 vector, 64 outputs, inside"], channels=64), 1, 2
     ),
 }
 
@@ -227,6 +237,7 @@ def probe() -> list[Check]:
         check_not_for_tensor_cores,
         check_slices,
         partial(check_each_gradient_alone, case=BACKWARD_CASES["half offsets, float mask"]),
+        partial(check_each_gradient_alone, case=BACKWARD_CASES["1 vector, 64 outputs, inside"]),
         partial(check_infinite_gradient, dtype=half),
         check_infinite_sample,
         partial(

@@ -13,6 +13,7 @@ from cuda_on_cpu.emulator import Check
 _LARGE = "images of this size are too large for a test"
 _DENSE = "output is allocated densely: channels last and aligned wherever input is"
 _POSITION = "saves a position that is there already"
+_BOUNDS = "the way that asks where corners lie serves every sample"
 IDLE = {
     **{
         (f"{file}.cu", "offset_group != sampled_group"): _POSITION
@@ -55,6 +56,8 @@ IDLE = {
         "p.out_channels % kLaneChannels == 0",
     ): "else neither a dense output nor grad_output is aligned",
     ("backward_tensor_core.cu", "is_grad_small"): _LARGE,
+    ("backward_tensor_core.cu", "!inner"): _BOUNDS,
+    ("backward_tensor_core.cu", "p.grad_input == nullptr"): _BOUNDS,
     ("backward_weight_tensor_core.cu", "sums_bias"): "saves sums that nobody stores",
     (
         "forward_tensor_core.cu",

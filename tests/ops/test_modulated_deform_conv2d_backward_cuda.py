@@ -72,7 +72,12 @@ def test_gradients_of_raw_offsets(
 
 
 @pytest.mark.parametrize(
-    "name", ["3 vectors, 72 outputs, 129 pixels", "1 vector, 3x3, 64 outputs, 2 images"]
+    "name",
+    [
+        "3 vectors, 72 outputs, 129 pixels",
+        "1 vector, 3x3, 64 outputs, 2 images",
+        "1 vector, 64 outputs, inside",
+    ],
 )
 @routes
 def test_accesses(checked: Kernels, name: str, deterministic: bool) -> None:
@@ -125,8 +130,11 @@ def test_infinite_sample(kernels: Kernels) -> None:
     check_infinite_sample(kernels)
 
 
-def test_each_gradient_alone(kernels: Kernels) -> None:
-    check_each_gradient_alone(kernels, BACKWARD_CASES["1 vector, 3x3, 64 outputs, 2 images"])
+@pytest.mark.parametrize(
+    "name", ["1 vector, 3x3, 64 outputs, 2 images", "1 vector, 64 outputs, inside"]
+)
+def test_each_gradient_alone(kernels: Kernels, name: str) -> None:
+    check_each_gradient_alone(kernels, BACKWARD_CASES[name])
 
 
 def test_slices_of_channels(kernels: Kernels) -> None:
