@@ -26,6 +26,7 @@ class Product {
   void load(const Elements<const void*>& from, int rows, int count, int row, int column) {
     gather_pixels(from, rows, count, weight_.data() + int64_t{row} * columns_ + column, columns_);
   }
+  const A* row(int i) const { return weight_.data() + int64_t{i} * columns_; }
   // Call once after the last load.
   void pack() {
     if constexpr (sizeof(A) == 4) {

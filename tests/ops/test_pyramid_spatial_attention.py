@@ -482,6 +482,58 @@ def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, in
         assert_rounding_only(a, e, terms)
 
 
+def plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _native.call("resize_conv", (x, weight, bias), (*x.shape[2:], 1.0))
+
+
+@native
+@pytest.mark.parametrize("channels, to", [(16, 16), (20, 33), (64, 24)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 3), (9, 98), (8, 97)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_convolution_of_pairs_of_rows(
+    channels: int, to: int, size: tuple[int, int], dtype: torch.dtype, restored_threads: None
+) -> None:
+    """From 16 channels on by Winograd's products: odd ends, several strips and bands, any number of threads."""
+    tensors = [uniform(2, channels, *size), uniform(to, channels, 3, 3), uniform(to)]
+    low = [t.to(dtype) for t in tensors]
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def all_of(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        return [function(*tensors), *gradients(function, tensors)]
+
+    torch.set_num_threads(1)
+    actual = all_of(plain_conv, low)
+    exact = all_of(theirs, doubled(low))
+    pixels = 2 * size[0] * size[1]
+    for a, b, e, terms in zip(
+        actual, all_of(theirs, low), exact, (9 * channels, 9 * to, pixels, pixels)
+    ):
+        assert_as_accurate(a, b, e, terms=terms)
+    torch.set_num_threads(2)
+    for a, b in zip(actual, all_of(plain_conv, low)):
+        assert_same(a, b)
+
+
+@native
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3e38])
+def test_pairs_of_rows_keep_infinities(value: float) -> None:
+    """What PyTorch gives around a pixel that differences do not bear, and elsewhere the same bits as without it."""
+    weight, bias = uniform(16, 16, 3, 3, dtype=torch.float32), torch.zeros(16)
+    weight[0] = 0.1  # where infinities and twice 3e38 stay what they are
+    image = uniform(1, 16, 8, 9, dtype=torch.float32)
+    clean = plain_conv(image, weight, bias)
+    image[0, 3, 4:6, 4] = value
+    out, expected = plain_conv(image, weight, bias), F.conv2d(image, weight, bias, padding=1)
+    near = torch.zeros(8, 9, dtype=torch.bool)
+    near[3:7, 3:6] = True
+    assert_same(out[..., ~near], clean[..., ~near])
+    assert_same(out[..., near].isnan(), expected[..., near].isnan())
+    assert_same(out[..., near].isinf(), expected[..., near].isinf())
+    torch.testing.assert_close(out[0, 0, near], expected[0, 0, near], equal_nan=True)
+
+
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is run on CUDA, by the kernels of the CPU."""
