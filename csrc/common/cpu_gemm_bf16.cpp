@@ -59,12 +59,14 @@ MAFNET_TARGET_BF16 MAFNET_INLINE __m512i load_halves(const torch::headeronly::BF
 // kRows rows, which divide those of a tile, and kVectors tiles of columns.
 template <int kRows, int kVectors>
 MAFNET_TARGET_BF16 void multiply_vectors(const uint16_t* a, const uint16_t* b, int64_t b_step,
-                                         int depth, float* c, int64_t c_row) {
+                                         int depth, float* c, int64_t c_row, bool add) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_loadu_ps(c + r * c_row + v * 16);
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = add ? _mm512_loadu_ps(c + r * c_row + v * 16) : _mm512_setzero_ps();
+    }
   }
   for (; depth > 0; depth -= kTileDepth, a += kTile, b += b_step) {
     for (int k = 0; k < std::min(depth, kTileDepth); k += 2) {
@@ -94,15 +96,15 @@ MAFNET_TARGET_BF16 void multiply_vectors(const uint16_t* a, const uint16_t* b, i
 
 template <int kRows, int kVectors>
 void multiply_panel(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_step, int rows,
-                    int depth, float* c, int64_t c_row) {
+                    int depth, float* c, int64_t c_row, bool add) {
   for (int m = 0; m < rows; m += kRows) {
     const uint16_t* from = a + m / kTileRows * a_next + m % kTileRows * kTileDepth;
-    multiply_vectors<kRows, kVectors>(from, b, b_step, depth, c + m * c_row, c_row);
+    multiply_vectors<kRows, kVectors>(from, b, b_step, depth, c + m * c_row, c_row, add);
   }
 }
 
 void multiply_by_vectors(const uint16_t* a, const uint16_t* b, int rows, int depth, int columns,
-                         float* c, int64_t c_row) {
+                         float* c, int64_t c_row, bool add) {
   const int64_t a_next = int64_t{depth_tiles(depth)} * kTile;
   const int64_t b_step = int64_t{columns} * kTileDepth;
   for (int n = 0, vectors = 0; n < columns; n += vectors * 16) {
@@ -112,7 +114,7 @@ void multiply_by_vectors(const uint16_t* a, const uint16_t* b, int rows, int dep
                           : vectors == 3 ? multiply_panel<8, 3>
                           : vectors == 2 ? multiply_panel<8, 2>
                                          : multiply_panel<16, 1>;
-    multiply(a, a_next, b + n * kTileDepth, b_step, rows, depth, c + n, c_row);
+    multiply(a, a_next, b + n * kTileDepth, b_step, rows, depth, c + n, c_row, add);
   }
 }
 
@@ -121,13 +123,21 @@ void multiply_by_vectors(const uint16_t* a, const uint16_t* b, int rows, int dep
 // Two or one tiles of rows and of columns: sums are tiles 0 .. 3, A is 4 and 5, B is 6 and 7.
 template <int kRows, int kColumns>
 MAFNET_TARGET_TILES void multiply_block(const uint16_t* a, int64_t a_next, const uint16_t* b,
-                                        int64_t b_step, int depth, float* c, int64_t c_row) {
+                                        int64_t b_step, int depth, float* c, int64_t c_row,
+                                        bool add) {
   const int64_t c_bytes = c_row * 4;
   float* lower = c + kTileRows * c_row;
-  _tile_loadd(0, c, c_bytes);
-  if constexpr (kColumns == 2) _tile_loadd(1, c + 16, c_bytes);
-  if constexpr (kRows == 2) _tile_loadd(2, lower, c_bytes);
-  if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, lower + 16, c_bytes);
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kColumns == 2) _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (kRows == 2) _tile_loadd(2, lower, c_bytes);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, lower + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int t = 0; t < depth; ++t) {
     _tile_loadd(4, a + t * kTile, 64);
     _tile_loadd(6, b + t * b_step, 64);
@@ -149,7 +159,8 @@ MAFNET_TARGET_TILES void multiply_block(const uint16_t* a, int64_t a_next, const
 }
 
 MAFNET_TARGET_TILES void multiply_by_tiles(const uint16_t* a, const uint16_t* b, int rows,
-                                           int depth, int columns, float* c, int64_t c_row) {
+                                           int depth, int columns, float* c, int64_t c_row,
+                                           bool add) {
   open_tiles();
   const int deep = depth_tiles(depth);
   const int64_t a_next = int64_t{deep} * kTile, b_step = int64_t{columns} * kTileDepth;
@@ -159,7 +170,7 @@ MAFNET_TARGET_TILES void multiply_by_tiles(const uint16_t* a, const uint16_t* b,
       const auto multiply = tall ? (wide ? multiply_block<2, 2> : multiply_block<2, 1>)
                                  : (wide ? multiply_block<1, 2> : multiply_block<1, 1>);
       multiply(a + m / kTileRows * a_next, a_next, b + n * kTileDepth, b_step, deep,
-               c + m * c_row + n, c_row);
+               c + m * c_row + n, c_row, add);
     }
   }
   close_tiles();
@@ -232,12 +243,12 @@ MAFNET_TARGET_BF16 void pack_bf16_columns(const torch::headeronly::BFloat16* b, 
 }
 
 void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth, int columns, float* c,
-                   int64_t c_row) {
+                   int64_t c_row, bool add) {
 #if defined(MAFNET_HAS_TILES)
   if (simd_level() >= SimdLevel::kAmx)
-    return multiply_by_tiles(a, b, rows, depth, columns, c, c_row);
+    return multiply_by_tiles(a, b, rows, depth, columns, c, c_row, add);
 #endif
-  multiply_by_vectors(a, b, rows, depth, columns, c, c_row);
+  multiply_by_vectors(a, b, rows, depth, columns, c, c_row, add);
 }
 
 #else
@@ -246,7 +257,7 @@ void pack_bf16_rows(const float*, int64_t, int, int, uint16_t*) {}
 void pack_bf16_rows(const torch::headeronly::BFloat16*, int64_t, int, int, uint16_t*) {}
 void pack_bf16_columns(const float*, int64_t, int, int, uint16_t*) {}
 void pack_bf16_columns(const torch::headeronly::BFloat16*, int64_t, int, int, uint16_t*) {}
-void multiply_bf16(const uint16_t*, const uint16_t*, int, int, int, float*, int64_t) {}
+void multiply_bf16(const uint16_t*, const uint16_t*, int, int, int, float*, int64_t, bool) {}
 
 #endif
 

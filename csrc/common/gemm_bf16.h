@@ -1,4 +1,4 @@
-// C += A B with factors in bfloat16 and sums in float, where the CPU has instructions for that:
+// C (+)= A B with factors in bfloat16 and sums in float, where the CPU has instructions for that:
 // tile registers (AMX), else vectors (AVX512-BF16). Factors are rounded to bfloat16 when they are
 // packed; numbers below the normal range, of factors and of sums, count as zero.
 #pragma once
@@ -43,9 +43,9 @@ void pack_bf16_columns(const float* b, int64_t b_row, int depth, int columns, ui
 void pack_bf16_columns(const torch::headeronly::BFloat16* b, int64_t b_row, int depth, int columns,
                        uint16_t* packed);
 
-// C += A B; C has room for rows up to a multiple of 16. An element sums up in an order that depth
-// alone decides.
+// C = A B, or += where add; C has room for rows up to a multiple of 16. An element sums up in an
+// order that depth alone decides.
 void multiply_bf16(const uint16_t* a, const uint16_t* b, int rows, int depth, int columns, float* c,
-                   int64_t c_row);
+                   int64_t c_row, bool add);
 
 }  // namespace mafnet

@@ -256,7 +256,7 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A, S>& f
         if constexpr (f.kInBf16) {
           const uint16_t* weight = f.packed.data() + f.packed_at[c * f.twins + twin];
           pad_bf16_rows(b.count, chunk.depth, columns_of(twin));
-          multiply_bf16(columns_of(twin), weight, b.count, chunk.depth, f.out, sums, f.out);
+          multiply_bf16(columns_of(twin), weight, b.count, chunk.depth, f.out, sums, f.out, true);
         } else {
           const Matrix<A> columns{columns_of(twin), f.row, 1};
           const int64_t row = chunk.row + twin * f.next_row();

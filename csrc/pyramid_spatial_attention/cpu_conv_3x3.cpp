@@ -153,8 +153,9 @@ class Sums {
  private:
   template <typename Read>
   void run_row(Windows<A>& windows, const Read& read, int y, int count, A* sums) {
-    std::fill_n(sums, int64_t{count} * columns_, A{0});
-    for (int i = 0; i < 3; ++i) {
+    kernel_.row(1).set(windows.row(y, read), kernel_.channels(), count, sums, columns_,
+                       packed_.data());
+    for (int i : {0, 2}) {
       if (!windows.has(y + i - 1)) continue;
       kernel_.row(i).add(windows.row(y + i - 1, read), kernel_.channels(), count, sums, columns_,
                          packed_.data());

@@ -45,34 +45,33 @@ class Product {
   template <typename T>
   void add(const T* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
            uint16_t* scratch) const {
-    if constexpr (sizeof(A) == 4) {
-      if (in_bf16_) {
-        pack_bf16_rows(rows, stride, count, depth_, scratch);
-        multiply_bf16(scratch, packed_.data(), count, depth_, columns_, sums, sums_stride);
-        return;
-      }
-    }
-    if constexpr (std::is_same_v<T, A>) {
-      multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
-               sums_stride, true);
-    }
+    run(rows, stride, count, sums, sums_stride, scratch, true);
   }
 
   // sums = rows * matrix
   template <typename T>
   void set(const T* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
            uint16_t* scratch) const {
-    if (in_bf16_) {
-      for (int i = 0; i < count; ++i) std::fill_n(sums + i * sums_stride, columns_, A{0});
-      return add(rows, stride, count, sums, sums_stride, scratch);
-    }
-    if constexpr (std::is_same_v<T, A>) {
-      multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
-               sums_stride, false);
-    }
+    run(rows, stride, count, sums, sums_stride, scratch, false);
   }
 
  private:
+  template <typename T>
+  void run(const T* rows, int64_t stride, int count, A* sums, int64_t sums_stride,
+           uint16_t* scratch, bool add) const {
+    if constexpr (sizeof(A) == 4) {
+      if (in_bf16_) {
+        pack_bf16_rows(rows, stride, count, depth_, scratch);
+        multiply_bf16(scratch, packed_.data(), count, depth_, columns_, sums, sums_stride, add);
+        return;
+      }
+    }
+    if constexpr (std::is_same_v<T, A>) {
+      multiply(Matrix<A>{rows, stride, 1}, weight_.data(), columns_, count, depth_, columns_, sums,
+               sums_stride, add);
+    }
+  }
+
   int depth_, columns_;
   Buffer<A> weight_;
   Buffer<uint16_t> packed_;
@@ -112,7 +111,7 @@ class PixelProduct {
       if (in_bf16_) {
         pack_bf16_columns(right, stride, count_, columns, packed_right_.data());
         multiply_bf16(packed_left_.data(), packed_right_.data(), lines_, count_, columns, sums,
-                      sums_stride);
+                      sums_stride, true);
         return;
       }
     }

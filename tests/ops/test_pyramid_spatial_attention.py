@@ -465,7 +465,16 @@ native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")
 
 
 @native
-@pytest.mark.parametrize("size, to", [((3, 5), (7, 11)), ((40, 70), (9, 8)), ((2, 100), (65, 200))])
+@pytest.mark.parametrize(
+    "size, to",
+    [
+        ((3, 5), (7, 11)),
+        ((40, 70), (9, 8)),
+        ((2, 100), (65, 200)),
+        ((3, 97), (6, 194)),  # twice as large, in strips of an odd width
+        ((20, 4), (40, 9)),
+    ],
+)
 def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, int]) -> None:
     """Up and down by any factor, several strips wide, with values and gradients of PyTorch's chain."""
     tensors = [uniform(2, 3, *size), uniform(5, 3, 3, 3), uniform(5)]
