@@ -7,6 +7,24 @@ namespace {
 // Columns of input in a strip, long enough for the sums of the weight's gradient to pay.
 constexpr int kStrip = 96;
 
+// The transpose of the forward's sum_two: of pixel x of a row half as wide, not at its ends, the
+// gradients of the three taps from those of columns 2 x - 2 ... 2 x + 3.
+template <typename L, typename A>
+MAFNET_INLINE void split_two(const A* grads, int out, A* taps) {
+  const A most{0.75}, least{0.25};
+  for_channels<L, A>(out, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    V grad[6];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) grad[i] = load<V>(grads + i * out + c);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const V sum = most * (grad[i + 1] + grad[i + 2]) + least * (grad[i] + grad[i + 3]);
+      store(taps + (2 - i) * out + c, sum);
+    }
+  });
+}
+
 template <typename A>
 class Strip {
  public:
@@ -84,23 +102,21 @@ class Strip {
     const int size = used.size() * plan_.out;
     for (int ky = 0; ky < 3; ++ky) {
       A* mixed = mixed_.data() + static_cast<int64_t>(ky) * size;
-      std::fill_n(mixed, size, A{0});
       // Few at a time: the rows that a pass reads are all held.
       const Term<A>* t = row_uses_.begin(i);
-      while (t != row_uses_.end(i)) {
+      do {
         Part<A> parts[6];
         int count = 0;
-        for (; t != row_uses_.end(i) && count < 5; ++t) {
+        if (t != row_uses_.begin(i)) parts[count++] = {mixed, A{1}};
+        for (; t != row_uses_.end(i) && count < 6; ++t) {
           const int y = t->at - ky + 1;
           if (y < 0 || y >= p_.out_height) continue;
           parts[count++] = {grad_row(n, y, used), t->weight};
         }
-        if (count == 0) continue;
-        parts[count++] = {mixed, A{1}};
         with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
           combine<decltype(level)>(parts, count, size, mixed);
         });
-      }
+      } while (t != row_uses_.end(i));
     }
   }
 
@@ -108,6 +124,14 @@ class Strip {
   void mix_columns(Range columns, Range used) {
     with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
       for (int x = columns.begin; x < columns.end; ++x) {
+        A* to = products_.data() + int64_t{x - columns.begin} * 9 * plan_.out;
+        if (p_.out_width == 2 * p_.width && x > 0 && x < p_.width - 1) {
+          for (int ky = 0; ky < 3; ++ky, to += 3 * plan_.out) {
+            const int64_t pixel = int64_t{ky} * used.size() + 2 * x - 2 - used.begin;
+            split_two<decltype(level)>(mixed_.data() + pixel * plan_.out, plan_.out, to);
+          }
+          continue;
+        }
         for (int tap = 0; tap < 9; ++tap) {
           const int ky = tap / 3, kx = tap % 3;
           parts_.clear();
@@ -117,9 +141,8 @@ class Strip {
             const int64_t pixel = static_cast<int64_t>(ky) * used.size() + column - used.begin;
             parts_.push_back({mixed_.data() + pixel * plan_.out, t->weight});
           }
-          combine<decltype(level)>(
-              parts_.data(), static_cast<int>(parts_.size()), plan_.out,
-              products_.data() + (int64_t{x - columns.begin} * 9 + tap) * plan_.out);
+          combine<decltype(level)>(parts_.data(), static_cast<int>(parts_.size()), plan_.out,
+                                   to + tap * plan_.out);
         }
       }
     });
