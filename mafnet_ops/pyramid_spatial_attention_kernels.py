@@ -220,7 +220,7 @@ def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
 
 @register_flop_formula(torch.ops.mafnet_ops.resize_conv_forward)
 def _(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Of the products at the size of the input, see csrc/pyramid_spatial_attention/cpu_resize_conv.cpp."""
+    """Of the products at the size of the input, see csrc/pyramid_spatial_attention/resize_conv.h."""
     pixels = input_shape[0] * input_shape[2] * input_shape[3]
     return 2 * 9 * weight_shape[0] * weight_shape[1] * pixels
 

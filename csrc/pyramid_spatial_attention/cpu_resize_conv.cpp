@@ -232,11 +232,12 @@ void forward(const PyramidConvParams& p) {
     most = std::max(most, touched(plan.columns, p.out_width, columns.begin, columns.end).size());
   }
   // Bands only as many as threads need: each begins with rows of Z that its neighbour made, too.
-  // What the bands are has no bearing on the sums.
+  // What the bands are has no bearing on the sums: none begins or ends within two rows that come in
+  // twos.
   const int64_t threads = num_threads();
   const int64_t wanted = threads == 1 ? 1 : divide_up(4 * threads, p.batch * strips);
   const int64_t bands = std::clamp<int64_t>(wanted, 1, divide_up(p.out_height, 8));
-  const int band = static_cast<int>(divide_up(p.out_height, bands));
+  const int band = round_up(static_cast<int>(divide_up(p.out_height, bands)), 2);
   parallel_for(0, p.batch * strips * bands, 1, [&](int64_t begin, int64_t end) {
     Strip<A> strip(p, plan, product, bias.data(), most);
     for (int64_t task = begin; task < end; ++task) {

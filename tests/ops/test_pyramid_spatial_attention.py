@@ -491,6 +491,20 @@ def test_convolution_of_what_is_resized(size: tuple[int, int], to: tuple[int, in
         assert_rounding_only(a, e, terms)
 
 
+@native
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
+def test_threads_have_no_bearing_on_what_is_resized(
+    dtype: torch.dtype, restored_threads: None
+) -> None:
+    """Bands of rows are cut for the threads: here one of 50 rows, or four."""
+    tensors = [uniform(2, 3, 25, 10, dtype=dtype), uniform(5, 3, 3, 3, dtype=dtype)]
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(_native.call("resize_conv", (*tensors, None), (50, 20, 0.3)))
+    assert_same(*results)
+
+
 def plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _native.call("resize_conv", (x, weight, bias), (*x.shape[2:], 1.0))
 
