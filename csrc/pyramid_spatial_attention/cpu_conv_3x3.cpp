@@ -90,13 +90,14 @@ class Windows {
 template <typename A>
 class Kernel {
  public:
-  Kernel(int channels, int columns, Dtype dtype)
-      : channels_(channels),
+  // Of `inputs` channels in rows of pixels that have room for `channels`.
+  Kernel(int inputs, int channels, int columns, Dtype dtype)
+      : inputs_(inputs),
+        channels_(channels),
         rows_{{3 * channels, columns, dtype},
               {3 * channels, columns, dtype},
               {3 * channels, columns, dtype}},
-        in_pairs_(sizeof(A) == 4 && !rows_[0].in_bf16() &&
-                  Winograd::serves(channels, rows_[0].columns())),
+        in_pairs_(sizeof(A) == 4 && !rows_[0].in_bf16() && Winograd::serves(inputs)),
         pairs_(in_pairs_ ? channels : 0, in_pairs_ ? rows_[0].columns() : 0) {}
 
   int channels() const { return channels_; }
@@ -106,9 +107,9 @@ class Kernel {
   bool in_pairs() const { return in_pairs_; }
   const Winograd& pairs() const { return pairs_; }
 
-  // Taps from top left to bottom right; count columns of inputs channels each.
-  void load(int tap, const Elements<const void*>& from, int inputs, int count) {
-    rows_[tap / 3].load(from, inputs, count, tap % 3 * channels_, 0);
+  // Taps from top left to bottom right, of count columns.
+  void load(int tap, const Elements<const void*>& from, int count) {
+    rows_[tap / 3].load(from, inputs_, count, tap % 3 * channels_, 0);
   }
   // Call once after the last load.
   void pack() {
@@ -121,7 +122,7 @@ class Kernel {
   }
 
  private:
-  int channels_;
+  int inputs_, channels_;
   Product<A> rows_[3];
   bool in_pairs_;
   Winograd pairs_;
@@ -185,10 +186,9 @@ class Sums {
 
 template <typename A>
 void forward(const PyramidConvParams& p) {
-  Kernel<A> kernel(p.channels, p.out_channels, p.dtype);
+  Kernel<A> kernel(p.channels, p.channels, p.out_channels, p.dtype);
   for (int tap = 0; tap < 9; ++tap) {
-    kernel.load(tap, {p.weight, p.dtype, tap, 9, int64_t{9} * p.channels}, p.channels,
-                p.out_channels);
+    kernel.load(tap, {p.weight, p.dtype, tap, 9, int64_t{9} * p.channels}, p.out_channels);
   }
   kernel.pack();
   const int out = kernel.columns();
@@ -225,10 +225,9 @@ void backward(const PyramidConvParams& p) {
   const bool need_weight = p.grad_weight != nullptr || p.grad_bias != nullptr;
   const bool need_input = p.grad_input.data != nullptr;
   // The gradient around a pixel meets the taps from the last to the first.
-  Kernel<A> kernel(out, p.channels, p.dtype);
+  Kernel<A> kernel(p.out_channels, out, p.channels, p.dtype);
   for (int tap = 0; tap < 9; ++tap) {
-    kernel.load(8 - tap, {p.weight, p.dtype, tap, int64_t{9} * p.channels, 9}, p.out_channels,
-                p.channels);
+    kernel.load(8 - tap, {p.weight, p.dtype, tap, int64_t{9} * p.channels, 9}, p.channels);
   }
   kernel.pack();
   if (need_input) prepare(p.grad_input, p.batch, int64_t{p.channels} * p.height * p.width);

@@ -16,7 +16,7 @@ namespace mafnet {
 class Winograd {
  public:
   // Where transforms cost less than they save, and the error is in bounds.
-  static bool serves(int channels, int columns) { return channels >= 16 && columns >= 16; }
+  static bool serves(int channels) { return channels >= 16; }
 
   // columns is a multiple of kColumnPad.
   Winograd(int channels, int columns)
