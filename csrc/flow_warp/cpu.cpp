@@ -26,8 +26,12 @@ namespace {
 // Elements of output per task, about: small enough to feed many cores.
 constexpr int64_t kTaskElements = 1 << 17;
 // Rows of grad_input per task: small enough to feed many cores, large enough that a source row,
-// which reaches one or two bands under a smooth flow, is seldom planned twice.
+// which reaches one or two bands under a smooth flow, is seldom planned twice. Bands of planes take
+// more rows as long as their buffer stays in an L2 cache and there are tasks for all threads: under
+// noise each is reached from many rows beyond it. The sums have the same order whatever the bands.
 constexpr int kBandRows = 8;
+constexpr int kMostBandRows = 32;
+constexpr int64_t kBandFloats = 10 << 14;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -64,21 +68,30 @@ void for_each_span(const FlowWarpParams& p, const Body& body) {
   });
 }
 
-// Calls body(block, scratch) for blocks that make up the output, of about the same width.
+// Calls body(block, scratch) for blocks that make up the output, of about the same size; of planes
+// they have that many rows.
 template <typename Body>
-void for_each_block(const FlowWarpParams& p, const Body& body) {
+void for_each_block(const FlowWarpParams& p, int rows, const Body& body) {
   if (p.out_width == 0) return;
-  const int64_t least = divide_up(p.out_width, kBlockColumns);
-  const int columns =
-      static_cast<int>(divide_up(divide_up(p.out_width, least), kTilePixels) * kTilePixels);
+  int columns = kBlockColumns;
+  if (p.channels_last) {
+    const int64_t channels = std::max<int64_t>(p.channels, 1);
+    const int64_t fitting = kBlockRowBytes / (channels * element_bytes(p.dtype));
+    columns = static_cast<int>(
+        std::clamp<int64_t>(fitting / kTilePixels * kTilePixels, kTilePixels, kBlockColumns));
+    rows = static_cast<int>(
+        std::clamp<int64_t>(kTaskElements / (channels * columns), 1, kSpan / columns));
+  }
+  const int64_t least = divide_up(p.out_width, columns);
+  columns = static_cast<int>(divide_up(divide_up(p.out_width, least), kTilePixels) * kTilePixels);
   const int64_t across = divide_up(p.out_width, columns);
-  const int64_t per_image = across * divide_up(p.out_height, kBlockRows);
+  const int64_t per_image = across * divide_up(p.out_height, rows);
   parallel_for(0, p.batch * per_image, 1, [&](int64_t begin, int64_t end) {
-    Buffer<float> scratch(kScratch, false);
+    Buffer<float> scratch(p.channels_last ? 0 : kScratch, false);
     for (int64_t task = begin; task < end; ++task) {
-      const int y = static_cast<int>(task % per_image / across) * kBlockRows;
+      const int y = static_cast<int>(task % per_image / across) * rows;
       const int x = static_cast<int>(task % across) * columns;
-      body(PixelBlock{task / per_image, y, x, std::min(kBlockRows, p.out_height - y),
+      body(PixelBlock{task / per_image, y, x, std::min(rows, p.out_height - y),
                       std::min(columns, p.out_width - x)},
            scratch.data());
     }
@@ -94,22 +107,17 @@ bool is_aligned(const FlowWarpParams& p, const void* output, const int64_t (&str
 
 void forward(const FlowWarpParams& p) {
   const int64_t bytes = p.batch * p.output_stride[0] * element_bytes(p.dtype);
-  const bool exists = prepare_output(p.output, bytes);
-  // A new page is in the caches when channels_last writes it; planes are written here and there,
-  // and come to a page of 2 MB long after it was zeroed (216 ms against 158 for 64 x 720 x 1280).
-  // Of planes every row of a block must begin at a line.
-  const bool stream = bytes >= kLargeOutput && (exists || !p.channels_last) &&
-                      is_aligned(p, p.output, p.output_stride) &&
-                      (p.channels_last || p.output_stride[2] * element_bytes(p.dtype) % 64 == 0);
+  prepare_output(p.output, bytes);
   if (!is_fast(p)) {
     return for_each_span(p, [&](const PixelSpan& span) { generic_forward(p, span); });
   }
+  // New pages too: a block comes to a page of 2 MB long after it was zeroed (in planes 216 ms
+  // against 158 for 64 x 720 x 1280). Of planes every row of a block must begin at a line.
+  const bool stream = bytes >= kLargeOutput && is_aligned(p, p.output, p.output_stride) &&
+                      (p.channels_last || p.output_stride[2] * element_bytes(p.dtype) % 64 == 0);
   const BilinearKernels& kernels = bilinear_kernels();
-  if (p.channels_last) {
-    return for_each_span(p, [&](const PixelSpan& span) { kernels.forward(p, span, stream); });
-  }
-  for_each_block(p, [&](const PixelBlock& block, float* scratch) {
-    kernels.forward_block(p, block, scratch, stream);
+  for_each_block(p, kBlockRows, [&](const PixelBlock& block, float* scratch) {
+    kernels.forward(p, block, scratch, stream);
   });
 }
 
@@ -119,15 +127,24 @@ void grad_flow(const FlowWarpParams& p) {
     std::memset(p.grad_flow, 0, static_cast<size_t>(elements * element_bytes(p.flow_dtype)));
   } else if (is_fast(p)) {
     const BilinearKernels& kernels = bilinear_kernels();
-    if (p.channels_last) {
-      return for_each_span(p, [&](const PixelSpan& span) { kernels.grad_flow(p, span); });
-    }
-    for_each_block(p, [&](const PixelBlock& block, float* scratch) {
-      kernels.grad_flow_block(p, block, scratch);
+    for_each_block(p, kGradBlockRows, [&](const PixelBlock& block, float* scratch) {
+      kernels.grad_flow(p, block, scratch);
     });
   } else {
     for_each_span(p, [&](const PixelSpan& span) { generic_grad_flow(p, span); });
   }
+}
+
+int band_rows(const FlowWarpParams& p) {
+  if (p.channels_last) return kBandRows;
+  const int64_t row = static_cast<int64_t>(p.width) * kTileChannels;
+  const int64_t chunks = p.batch * divide_up(p.channels, kTileChannels);
+  int rows = kMostBandRows;
+  const auto is_good = [&] {
+    return rows * row <= kBandFloats && divide_up(p.height, rows) * chunks >= 2 * num_threads();
+  };
+  while (rows > kBandRows && !is_good()) rows /= 2;
+  return rows;
 }
 
 std::vector<RowRange> find_ranges(const FlowWarpParams& p) {
@@ -144,26 +161,27 @@ std::vector<RowRange> find_ranges(const FlowWarpParams& p) {
 
 void grad_input(const FlowWarpParams& p) {
   const bool fast = is_fast(p);
+  const int rows = band_rows(p);
   const int64_t bytes = p.batch * p.grad_input_stride[0] * element_bytes(p.dtype);
   prepare_output(p.grad_input, bytes);
   // Whole lines only where every band begins at one.
   const bool stream = bytes >= kLargeOutput && !p.channels_last &&
                       is_aligned(p, p.grad_input, p.grad_input_stride) &&
-                      kBandRows * p.width * element_bytes(p.dtype) % 64 == 0;
+                      rows * p.width * element_bytes(p.dtype) % 64 == 0;
   const std::vector<RowRange> all_ranges = find_ranges(p);
 
-  const int64_t bands = divide_up(p.height, kBandRows);
+  const int64_t bands = divide_up(p.height, rows);
   const int64_t chunk = p.channels_last ? p.channels : kTileChannels;
   const int64_t chunks = chunk == 0 ? 0 : divide_up(p.channels, chunk);
   const bool in_place = p.channels_last && p.dtype == Dtype::kFloat32;
   parallel_for(0, p.batch * bands * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer;
-    if (fast && !in_place) buffer.resize((kBandRows * p.width + kTilePixels) * chunk);
+    if (fast && !in_place) buffer.resize((rows * p.width + kTilePixels) * chunk);
     std::vector<Tile> tiles;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / (bands * chunks), first_channel = task % chunks * chunk;
-      const int first_row = static_cast<int>(task / chunks % bands) * kBandRows;
-      const Band band{n, first_row, std::min(first_row + kBandRows, p.height) - 1, first_channel,
+      const int first_row = static_cast<int>(task / chunks % bands) * rows;
+      const Band band{n, first_row, std::min(first_row + rows, p.height) - 1, first_channel,
                       std::min(chunk, p.channels - first_channel)};
       const RowRange* ranges = all_ranges.data() + n * p.out_height;
       if (!fast) {

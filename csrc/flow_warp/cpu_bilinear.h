@@ -13,15 +13,20 @@
 namespace mafnet {
 
 // Pixels of one call; with more, the plan of a call leaves the L2 cache.
-constexpr int kSpan = 2048;
+constexpr int kSpan = 4096;
 // Pixels and channels that planes are transposed by on their way into grad_input. With 32 channels
 // a band of 1280 columns leaves the L2 cache (307 ms against 231 for 64 x 720 x 1280).
 constexpr int kTilePixels = 16;
 constexpr int kTileChannels = 16;
 // Planes are warped in blocks of the output: wide, since every row of every plane is a page of its
-// own, and high, since neighbours read the same tiles of the image.
+// own, and high, since neighbours read the same tiles of the image. The gradient of the flow has a
+// larger plan and a row of grad_output beside it in the caches.
 constexpr int kBlockColumns = 128;
 constexpr int kBlockRows = kSpan / kBlockColumns;
+constexpr int kGradBlockRows = kBlockRows / 2;
+// Bytes of a row of a block of channels_last, about: what noise of some pixels reads again from row
+// to row then stays in the L2 cache.
+constexpr int kBlockRowBytes = 1 << 13;
 // What one block may read, in tiles of kTilePixels x kTileChannels floats: 640 kB, of an L2 cache.
 constexpr int kScratchTiles = 640;
 constexpr int kScratch = kScratchTiles * kTilePixels * kTileChannels;
@@ -32,7 +37,8 @@ struct PixelSpan {
   int count;
 };
 
-// A rectangle of the output of image n, of at most kBlockRows and kBlockColumns.
+// A rectangle of the output of image n, of at most kBlockColumns; with its width rounded up to
+// kTilePixels, of at most kSpan pixels.
 struct PixelBlock {
   int64_t n;
   int y, x, rows, columns;
@@ -65,13 +71,10 @@ struct Tile {
 };
 
 struct BilinearKernels {
-  // channels_last. stream: store around the caches, for outputs larger than those.
-  void (*forward)(const FlowWarpParams& p, const PixelSpan& span, bool stream);
-  void (*grad_flow)(const FlowWarpParams& p, const PixelSpan& span);
-  // Planes. scratch: kScratch floats, aligned to a line of the caches.
-  void (*forward_block)(const FlowWarpParams& p, const PixelBlock& block, float* scratch,
-                        bool stream);
-  void (*grad_flow_block)(const FlowWarpParams& p, const PixelBlock& block, float* scratch);
+  // scratch: kScratch floats for planes, aligned to a line of the caches. stream: store around the
+  // caches, for outputs larger than those.
+  void (*forward)(const FlowWarpParams& p, const PixelBlock& block, float* scratch, bool stream);
+  void (*grad_flow)(const FlowWarpParams& p, const PixelBlock& block, float* scratch);
   RowRange (*row_range)(const FlowWarpParams& p, int64_t n, int y);
   // ranges: of every output row of image band.n. The tiles are those of any channels.
   void (*find_tiles)(const FlowWarpParams& p, const RowRange* ranges, const Band& band,

@@ -1,5 +1,8 @@
 // The bilinear forward kernel of channels_last, over the plan of cpu_bilinear_plan.h. See
 // cpu_bilinear_kernels.h.
+//
+// A pixel is a few lines of the caches, anywhere: all four pixels of a cell are fetched some cells
+// ahead, those that the last cell had too, since under noise it had none of them.
 namespace mafnet {
 namespace {
 
@@ -27,18 +30,6 @@ void repair(const FlowWarpParams& p, const Plan& plan, int begin, int count, int
   }
 }
 
-// Fetches into the L2 cache the lower right pixel of the cell some pixels on: under most flows the
-// left one is that of the cell before, and the upper ones were read with the row above.
-template <typename T>
-MAFNET_KERNEL MAFNET_INLINE void prefetch_cell(const FlowWarpParams& p, const Plan& plan, int i,
-                                               const T* image) {
-  const int later = std::min(i + kPixelsAhead, plan.count - 1);
-  const T* pixel = image + (plan.y.cell[later] + 1) * p.input_stride[2] +
-                   (plan.x.cell[later] + 1) * p.input_stride[3];
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t c = 0; c < p.channels; c += kLine) __builtin_prefetch(pixel + c, 0, 2);
-}
-
 // Channels one by one of a pixel of which vectors have taken the first ones.
 template <typename T>
 MAFNET_KERNEL float blend_rest(const T* upper, const T* lower, int64_t next, const float (&w)[4],
@@ -54,33 +45,87 @@ MAFNET_KERNEL float blend_rest(const T* upper, const T* lower, int64_t next, con
   return check;
 }
 
-template <typename T>
-MAFNET_KERNEL void forward_channels_last(const FlowWarpParams& p, const Plan& plan, const T* image,
-                                         T* output, bool around_caches) {
-  const int64_t next = p.input_stride[3], whole = p.channels / kLanes * kLanes;
+// Where the cells of a channels_last image begin.
+MAFNET_KERNEL void find_cells(const FlowWarpParams& p, const Plan& plan,
+                              int64_t* __restrict__ first) {
+  const int64_t below = p.input_stride[2], next = p.input_stride[3];
+  for (int i = 0; i < plan.count; ++i) {
+    first[i] = plan.y.cell[i] * below + plan.x.cell[i] * next;
+  }
+}
+
+// Of the four pixels of a cell, for kLanes cells from element i of the plan on.
+MAFNET_KERNEL MAFNET_INLINE void cell_weights(const Plan& plan, int i, float (&w)[4][kLanes]) {
+#pragma GCC unroll 4
+  for (int t = 0; t < 4; ++t) {
+    store(w[t], load(plan.y.weight[t / 2] + i) * load(plan.x.weight[t % 2] + i));
+  }
+}
+
+// Fetches `bytes` of the channels of four pixels into the L2 cache.
+template <int kBytes, typename T>
+MAFNET_KERNEL MAFNET_INLINE void prefetch_cell(const T* cell, int64_t next, int64_t below) {
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < kBytes / static_cast<int64_t>(sizeof(T)); c += 64 / sizeof(T)) {
+    __builtin_prefetch(cell + c, 0, 2);
+    __builtin_prefetch(cell + next + c, 0, 2);
+    __builtin_prefetch(cell + below + c, 0, 2);
+    __builtin_prefetch(cell + below + next + c, 0, 2);
+  }
+}
+
+// Blends kVectors vectors of channels and fetches those of a later cell.
+template <int kVectors, bool kStream, typename T>
+MAFNET_KERNEL MAFNET_INLINE void blend_vectors(const T* cell, int64_t next, int64_t below,
+                                               const Vec (&w)[4], const T* later, T* output,
+                                               Vec& check) {
+  const T* lower = cell + below;
+  Vec sum;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t c = v * kLanes;
+    const Vec value = w[0] * load(cell + c) + w[1] * load(cell + next + c) +
+                      (w[2] * load(lower + c) + w[3] * load(lower + next + c));
+    sum = v == 0 ? value : sum + value;
+    put(output + c, value, kStream);
+  }
+  prefetch_cell<kVectors * kLanes* static_cast<int>(sizeof(T))>(later, next, below);
+  check += broadcast(0) * sum;
+}
+
+// A row of a block, whose first pixel is that of the plan's element `begin`.
+template <bool kStream, typename T>
+MAFNET_KERNEL void blend_pixels(const FlowWarpParams& p, const Plan& plan, const int64_t* first,
+                                int begin, int count, const T* image, T* output) {
+  const int64_t next = p.input_stride[3], below = p.input_stride[2];
+  const int64_t whole = p.channels / kLanes * kLanes;
   Vec check = broadcast(0);
   float check_rest = 0;
-  for (int i = 0; i < plan.count; ++i) {
-    const T* upper = image + plan.y.cell[i] * p.input_stride[2] + plan.x.cell[i] * next;
-    const T* lower = upper + p.input_stride[2];
-    T* target = output + i * p.output_stride[3];
-    prefetch_cell(p, plan, i, image);
-    const float w[4] = {
-        plan.y.weight[0][i] * plan.x.weight[0][i], plan.y.weight[0][i] * plan.x.weight[1][i],
-        plan.y.weight[1][i] * plan.x.weight[0][i], plan.y.weight[1][i] * plan.x.weight[1][i]};
-    const Vec w0 = broadcast(w[0]), w1 = broadcast(w[1]);
-    const Vec w2 = broadcast(w[2]), w3 = broadcast(w[3]);
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      const Vec value = w0 * load(upper + c) + w1 * load(upper + next + c) +
-                        (w2 * load(lower + c) + w3 * load(lower + next + c));
-      check += broadcast(0) * value;
-      put(target + c, value, around_caches);
+  for (int i = 0; i < count; i += kLanes) {
+    float weights[4][kLanes];
+    cell_weights(plan, begin + i, weights);
+    const int lanes = std::min(kLanes, count - i);
+    for (int k = 0; k < lanes; ++k) {
+      const T* cell = image + first[begin + i + k];
+      const T* later = image + first[std::min(begin + i + k + kPixelsAhead, plan.count - 1)];
+      T* target = output + (i + k) * p.output_stride[3];
+      const float w[4] = {weights[0][k], weights[1][k], weights[2][k], weights[3][k]};
+      const Vec all[4] = {broadcast(w[0]), broadcast(w[1]), broadcast(w[2]), broadcast(w[3])};
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= whole; c += 4 * kLanes) {
+        blend_vectors<4, kStream>(cell + c, next, below, all, later + c, target + c, check);
+      }
+      for (; c < whole; c += kLanes) {
+        blend_vectors<1, kStream>(cell + c, next, below, all, later + c, target + c, check);
+      }
+      if (whole < p.channels) {
+        check_rest += blend_rest(cell, cell + below, next, w, whole, p.channels, target);
+      }
     }
-    check_rest += blend_rest(upper, lower, next, w, whole, p.channels, target);
   }
   if (!(sum_of(check) + check_rest == 0)) {
-    repair(p, plan, 0, plan.count, p.channels, image, output);
-  };
+    repair(p, plan, begin, count, p.channels, image, output);
+  }
 }
 
 // Of `count` pixels: from the plan's element `begin` to the mask's element `first` on.
@@ -95,27 +140,32 @@ MAFNET_KERNEL void write_mask(const FlowWarpParams& p, const Plan& plan, int beg
   }
 }
 
-// In an image-sized array of all images.
-int64_t first_pixel(const FlowWarpParams& p, const PixelSpan& span) {
-  return span.n * p.out_height * static_cast<int64_t>(p.out_width) + span.first;
+// Of a row of a block: in an image-sized array of all images.
+int64_t first_pixel(const FlowWarpParams& p, const PixelBlock& block, int row) {
+  return (block.n * p.out_height + block.y + row) * static_cast<int64_t>(p.out_width) + block.x;
 }
 
 template <typename T>
-MAFNET_KERNEL void forward_span(const FlowWarpParams& p, const PixelSpan& span,
-                                bool around_caches) {
-  Plan plan;
-  plan_span(p, span, plan);
-  if (p.mask != nullptr) write_mask<T>(p, plan, 0, span.count, first_pixel(p, span));
-  const T* image = static_cast<const T*>(p.input) + span.n * p.input_stride[0];
-  T* output =
-      static_cast<T*>(p.output) + span.n * p.output_stride[0] + span.first * p.output_stride[3];
-  forward_channels_last(p, plan, image, output, around_caches);
-}
-
-void forward(const FlowWarpParams& p, const PixelSpan& span, bool around_caches) {
-  dispatch_type(p.dtype, [&](auto type) {
-    forward_span<typename decltype(type)::type>(p, span, around_caches);
-  });
+MAFNET_KERNEL void forward_pixels_of(const FlowWarpParams& p, const PixelBlock& block,
+                                     bool around_caches) {
+  BlockPlan b;
+  plan_block(p, block, false, b);
+  int64_t first[kSpanStride];
+  find_cells(p, b.plan, first);
+  const T* image = static_cast<const T*>(p.input) + block.n * p.input_stride[0];
+  T* output = static_cast<T*>(p.output) + block.n * p.output_stride[0] +
+              block.y * p.output_stride[2] + block.x * p.output_stride[3];
+  for (int r = 0; r < block.rows; ++r, output += p.output_stride[2]) {
+    const int begin = r * b.stride;
+    if (p.mask != nullptr) {
+      write_mask<T>(p, b.plan, begin, block.columns, first_pixel(p, block, r));
+    }
+    if (around_caches) {
+      blend_pixels<true>(p, b.plan, first, begin, block.columns, image, output);
+    } else {
+      blend_pixels<false>(p, b.plan, first, begin, block.columns, image, output);
+    }
+  }
 }
 
 }  // namespace

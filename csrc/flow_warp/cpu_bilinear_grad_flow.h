@@ -28,31 +28,32 @@ void repair_grad_flow(const FlowWarpParams& p, const Plan& plan, int i, const T*
   }
 }
 
+// A row of a block, whose first pixel is that of the plan's element `begin`.
 template <typename T>
-MAFNET_KERNEL void grad_flow_channels_last(const FlowWarpParams& p, const Plan& plan,
-                                           const T* image, const T* grad,
-                                           float* __restrict__ grad_x, float* __restrict__ grad_y) {
-  const int64_t next = p.input_stride[3], whole = p.channels / kLanes * kLanes;
-  for (int i = 0; i < plan.count; ++i) {
-    const T* upper = image + plan.y.cell[i] * p.input_stride[2] + plan.x.cell[i] * next;
-    const T* lower = upper + p.input_stride[2];
-    const T* g = grad + i * p.grad_output_stride[3];
-    prefetch_cell(p, plan, i, image);
+MAFNET_KERNEL void grad_flow_pixels(const FlowWarpParams& p, const Plan& plan, const int64_t* first,
+                                    int begin, int count, const T* image, const T* grad,
+                                    float* __restrict__ grad_x, float* __restrict__ grad_y) {
+  const int64_t next = p.input_stride[3], below = p.input_stride[2];
+  const int64_t whole = p.channels / kLanes * kLanes;
+  for (int i = begin; i < begin + count; ++i, grad += p.grad_output_stride[3]) {
+    const T *upper = image + first[i], *lower = upper + below;
+    const T* later = image + first[std::min(i + kPixelsAhead, plan.count - 1)];
     Vec dot0 = broadcast(0), dot1 = dot0, dot2 = dot0, dot3 = dot0;
     for (int64_t c = 0; c < whole; c += kLanes) {
-      const Vec gc = load(g + c);
-      dot0 += gc * load(upper + c);
-      dot1 += gc * load(upper + next + c);
-      dot2 += gc * load(lower + c);
-      dot3 += gc * load(lower + next + c);
+      const Vec g = load(grad + c);
+      dot0 += g * load(upper + c);
+      dot1 += g * load(upper + next + c);
+      dot2 += g * load(lower + c);
+      dot3 += g * load(lower + next + c);
+      prefetch_cell<kLanes* static_cast<int>(sizeof(T))>(later + c, next, below);
     }
     float dot[4] = {sum_of(dot0), sum_of(dot1), sum_of(dot2), sum_of(dot3)};
     for (int64_t c = whole; c < p.channels; ++c) {
-      const float gc = static_cast<float>(g[c]);
-      dot[0] += gc * static_cast<float>(upper[c]);
-      dot[1] += gc * static_cast<float>(upper[next + c]);
-      dot[2] += gc * static_cast<float>(lower[c]);
-      dot[3] += gc * static_cast<float>(lower[next + c]);
+      const float g = static_cast<float>(grad[c]);
+      dot[0] += g * static_cast<float>(upper[c]);
+      dot[1] += g * static_cast<float>(upper[next + c]);
+      dot[2] += g * static_cast<float>(lower[c]);
+      dot[3] += g * static_cast<float>(lower[next + c]);
     }
     const Axis &x = plan.x, &y = plan.y;
     grad_x[i] = y.weight[0][i] * (x.slope[0][i] * dot[0] + x.slope[1][i] * dot[1]) +
@@ -83,20 +84,21 @@ MAFNET_KERNEL void write_grad_flow(const FlowWarpParams& p, const Plan& plan, in
 }
 
 template <typename T>
-MAFNET_KERNEL void grad_flow_span(const FlowWarpParams& p, const PixelSpan& span) {
-  Plan plan;
-  plan_span(p, span, plan);
-  const T* image = static_cast<const T*>(p.input) + span.n * p.input_stride[0];
-  const T* grad = static_cast<const T*>(p.grad_output) + span.n * p.grad_output_stride[0] +
-                  span.first * p.grad_output_stride[3];
+MAFNET_KERNEL void grad_flow_pixels_of(const FlowWarpParams& p, const PixelBlock& block) {
+  BlockPlan b;
+  plan_block(p, block, true, b);
+  int64_t first[kSpanStride];
+  find_cells(p, b.plan, first);
+  const T* image = static_cast<const T*>(p.input) + block.n * p.input_stride[0];
+  const T* grad = static_cast<const T*>(p.grad_output) + block.n * p.grad_output_stride[0] +
+                  block.y * p.grad_output_stride[2] + block.x * p.grad_output_stride[3];
   float grad_x[kSpanStride], grad_y[kSpanStride];
-  grad_flow_channels_last(p, plan, image, grad, grad_x, grad_y);
-  write_grad_flow(p, plan, 0, plan.count, image, grad, first_pixel(p, span), grad_x, grad_y);
-}
-
-void grad_flow(const FlowWarpParams& p, const PixelSpan& span) {
-  dispatch_type(p.dtype,
-                [&](auto type) { grad_flow_span<typename decltype(type)::type>(p, span); });
+  for (int r = 0; r < block.rows; ++r, grad += p.grad_output_stride[2]) {
+    const int begin = r * b.stride;
+    grad_flow_pixels(p, b.plan, first, begin, block.columns, image, grad, grad_x, grad_y);
+    write_grad_flow(p, b.plan, begin, block.columns, image, grad, first_pixel(p, block, r), grad_x,
+                    grad_y);
+  }
 }
 
 }  // namespace

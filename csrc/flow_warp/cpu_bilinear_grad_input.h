@@ -13,7 +13,7 @@ MAFNET_KERNEL RowRange row_range(const FlowWarpParams& p, int64_t n, int y) {
   for (int x = 0; x < p.out_width; x += kSpan) {
     const PixelSpan span{n, static_cast<int64_t>(y) * p.out_width + x,
                          std::min(kSpan, p.out_width - x)};
-    plan_axis_of_span(p, span, 1, axis);
+    plan_axis_of_span(p, span, 1, false, axis);
     for (int i = 0; i < span.count; ++i) {
       range.first = std::min(range.first, axis.cell[i]);
       range.last = std::max(range.last, axis.cell[i] + 1);
@@ -82,7 +82,7 @@ MAFNET_KERNEL void grad_input_channels_last(const FlowWarpParams& p, const RowRa
   std::fill_n(sums.sum, elements, 0.0f);
   Plan plan;
   for_each_span_of_band(p, ranges, band, [&](const PixelSpan& span, int y, int x) {
-    plan_span(p, span, plan);
+    plan_span(p, span, false, plan);
     scatter(plan, grad + y * p.grad_output_stride[2] + x * p.grad_output_stride[3],
             p.grad_output_stride[3], sums);
   });
@@ -121,7 +121,7 @@ MAFNET_KERNEL void find_tiles(const FlowWarpParams& p, const RowRange* ranges, c
   Plan plan;
   Tile tile;
   for_each_span_of_band(p, ranges, band, [&](const PixelSpan& span, int y, int x) {
-    plan_span(p, span, plan);
+    plan_span(p, span, false, plan);
     for (int i = 0; i < span.count; i += kTilePixels) {
       tile.y = y;
       tile.x = x + i;
@@ -187,10 +187,14 @@ MAFNET_KERNEL void grad_input_planes(const FlowWarpParams& p, const std::vector<
                   band.first_channel * p.grad_output_stride[1];
   std::fill_n(sums, band.pixels(p) * kTileChannels, 0.0f);
   float pixels[kTilePixels * kTileChannels];
-  for (const Tile& tile : tiles) {
-    read_tile(grad + tile.y * p.grad_output_stride[2] + tile.x * p.grad_output_stride[3],
-              p.grad_output_stride[1], band.channels, tile.count, pixels);
-    scatter_tile(tile, p.width, pixels, sums);
+  const auto source_of = [&](const Tile& tile) {
+    return grad + tile.y * p.grad_output_stride[2] + tile.x * p.grad_output_stride[3];
+  };
+  const size_t count = tiles.size();
+  for (size_t k = 0; k < count; ++k) {
+    read_tile(source_of(tiles[k]), p.grad_output_stride[1], band.channels, tiles[k].count,
+              source_of(tiles[std::min(k + kTilesAhead, count - 1)]), pixels);
+    scatter_tile(tiles[k], p.width, pixels, sums);
   }
   T* target = static_cast<T*>(p.grad_input) + band.n * p.grad_input_stride[0] +
               band.first_channel * p.grad_input_stride[1] + band.first_row * p.grad_input_stride[2];

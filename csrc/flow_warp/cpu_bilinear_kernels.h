@@ -24,8 +24,24 @@
 namespace mafnet {
 namespace {
 
-constexpr BilinearKernels kKernels{&forward,   &grad_flow,  &forward_block,     &grad_flow_block,
-                                   &row_range, &find_tiles, &grad_input_pixels, &grad_input_tiles};
+void forward(const FlowWarpParams& p, const PixelBlock& block, float* scratch, bool around_caches) {
+  dispatch_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (p.channels_last) return forward_pixels_of<T>(p, block, around_caches);
+    forward_planes_of<T>(p, block, scratch, around_caches);
+  });
+}
+
+void grad_flow(const FlowWarpParams& p, const PixelBlock& block, float* scratch) {
+  dispatch_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (p.channels_last) return grad_flow_pixels_of<T>(p, block);
+    grad_flow_planes_of<T>(p, block, scratch);
+  });
+}
+
+constexpr BilinearKernels kKernels{&forward,    &grad_flow,         &row_range,
+                                   &find_tiles, &grad_input_pixels, &grad_input_tiles};
 
 }  // namespace
 }  // namespace mafnet

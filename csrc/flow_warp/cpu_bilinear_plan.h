@@ -23,7 +23,9 @@ constexpr int kSpanStride = kSpan + 16;
 constexpr int64_t kPlanes = 4;
 // How far ahead the cells of a channels_last image are fetched.
 constexpr int kPixelsAhead = 32;
-// How far ahead planes are fetched that are transposed.
+// How far ahead planes are fetched that are transposed: tiles of the image, which lie in rows of a
+// few, and those of grad_output.
+constexpr int kReachAhead = 8;
 constexpr int kTilesAhead = 4;
 
 struct Axis {
@@ -61,7 +63,7 @@ MAFNET_KERNEL MAFNET_INLINE Vec clamp(Vec v, float low, float high) {
 // What sample_axis() of common/sampler.h does, for whole vectors, with its taps folded into a cell.
 // The cell is moved into the image, so the distance t to its first pixel may leave [0, 1].
 template <Padding P>
-MAFNET_KERNEL void plan_cells(Axis& axis, int count, int size) {
+MAFNET_KERNEL void plan_cells(Axis& axis, int count, int size, bool slopes) {
   const float last = static_cast<float>(size - 1);
   const Vec zero = broadcast(0), one = broadcast(1), two = broadcast(2);
   float sign[kLanes];
@@ -88,6 +90,10 @@ MAFNET_KERNEL void plan_cells(Axis& axis, int count, int size) {
     Vec w0 = t < zero ? one + t : one - t, w1 = t <= one ? t : two - t;
     w0 = w0 < zero ? zero : w0;
     w1 = w1 < zero ? zero : w1;
+    std::memcpy(axis.cell + i, &cell, sizeof(cell));
+    store(axis.weight[0] + i, w0);
+    store(axis.weight[1] + i, w1);
+    if (!slopes) continue;
     // The cell to the right of the position: t = 0 counts as right of the first pixel, 1 as right
     // of the second.
     Vec s0 = t < -one ? zero : t < zero ? one : t < one ? -one : zero;
@@ -100,24 +106,21 @@ MAFNET_KERNEL void plan_cells(Axis& axis, int count, int size) {
       s1 *= load(sign);
     }
     const Vec unknown = zero * t;  // NaN for a NaN, else 0
-    std::memcpy(axis.cell + i, &cell, sizeof(cell));
-    store(axis.weight[0] + i, w0);
-    store(axis.weight[1] + i, w1);
     store(axis.slope[0] + i, s0 + unknown);
     store(axis.slope[1] + i, s1 + unknown);
   }
 }
 
-MAFNET_KERNEL void plan_axis(Axis& axis, int count, int size, Padding padding) {
+MAFNET_KERNEL void plan_axis(Axis& axis, int count, int size, Padding padding, bool slopes) {
   // Whole vectors are planned and read; the lanes beyond count belong to no pixel.
   std::fill_n(axis.position + count, kLanes, 0.0f);
   switch (padding) {
     case Padding::kBorder:
-      return plan_cells<Padding::kBorder>(axis, count, size);
+      return plan_cells<Padding::kBorder>(axis, count, size, slopes);
     case Padding::kReflection:
-      return plan_cells<Padding::kReflection>(axis, count, size);
+      return plan_cells<Padding::kReflection>(axis, count, size, slopes);
     default:
-      return plan_cells<Padding::kZeros>(axis, count, size);
+      return plan_cells<Padding::kZeros>(axis, count, size, slopes);
   }
 }
 
@@ -144,7 +147,7 @@ MAFNET_KERNEL void read_positions(const FlowWarpParams& p, int64_t n, int y, int
 }
 
 MAFNET_KERNEL void plan_axis_of_span(const FlowWarpParams& p, const PixelSpan& span, int component,
-                                     Axis& axis) {
+                                     bool slopes, Axis& axis) {
   dispatch_type(p.flow_dtype, [&](auto type) {
     int done = 0;
     while (done < span.count) {
@@ -157,13 +160,39 @@ MAFNET_KERNEL void plan_axis_of_span(const FlowWarpParams& p, const PixelSpan& s
       done += count;
     }
   });
-  plan_axis(axis, span.count, component == 0 ? p.width : p.height, p.padding);
+  plan_axis(axis, span.count, component == 0 ? p.width : p.height, p.padding, slopes);
 }
 
-MAFNET_KERNEL void plan_span(const FlowWarpParams& p, const PixelSpan& span, Plan& plan) {
+MAFNET_KERNEL void plan_span(const FlowWarpParams& p, const PixelSpan& span, bool slopes,
+                             Plan& plan) {
   plan.count = span.count;
-  plan_axis_of_span(p, span, 0, plan.x);
-  plan_axis_of_span(p, span, 1, plan.y);
+  plan_axis_of_span(p, span, 0, slopes, plan.x);
+  plan_axis_of_span(p, span, 1, slopes, plan.y);
+}
+
+// A block of the output with its plan: row r begins at element r * stride of the plan, a whole
+// number of vectors, whose pixels beyond the width of the block repeat the last one.
+struct BlockPlan {
+  int stride;
+  Plan plan;
+};
+
+MAFNET_KERNEL void plan_block(const FlowWarpParams& p, const PixelBlock& block, bool slopes,
+                              BlockPlan& b) {
+  b.stride = (block.columns + kTilePixels - 1) / kTilePixels * kTilePixels;
+  b.plan.count = block.rows * b.stride;
+  for (int component = 0; component < 2; ++component) {
+    Axis& axis = component == 0 ? b.plan.x : b.plan.y;
+    for (int r = 0; r < block.rows; ++r) {
+      float* row = axis.position + r * b.stride;
+      dispatch_type(p.flow_dtype, [&](auto type) {
+        read_positions<typename decltype(type)::type>(p, block.n, block.y + r, block.x,
+                                                      block.columns, component, row);
+      });
+      std::fill(row + block.columns, row + b.stride, row[block.columns - 1]);
+    }
+    plan_axis(axis, b.plan.count, component == 0 ? p.width : p.height, p.padding, slopes);
+  }
 }
 
 }  // namespace

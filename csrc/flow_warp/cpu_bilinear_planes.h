@@ -9,30 +9,6 @@
 namespace mafnet {
 namespace {
 
-// A block of the output with its plan: row r begins at element r * stride of the plan, a whole
-// number of vectors, whose pixels beyond the width of the block repeat the last one.
-struct BlockPlan {
-  int stride;
-  Plan plan;
-};
-
-MAFNET_KERNEL void plan_block(const FlowWarpParams& p, const PixelBlock& block, BlockPlan& b) {
-  b.stride = (block.columns + kTilePixels - 1) / kTilePixels * kTilePixels;
-  b.plan.count = block.rows * b.stride;
-  for (int component = 0; component < 2; ++component) {
-    Axis& axis = component == 0 ? b.plan.x : b.plan.y;
-    for (int r = 0; r < block.rows; ++r) {
-      float* row = axis.position + r * b.stride;
-      dispatch_type(p.flow_dtype, [&](auto type) {
-        read_positions<typename decltype(type)::type>(p, block.n, block.y + r, block.x,
-                                                      block.columns, component, row);
-      });
-      std::fill(row + block.columns, row + b.stride, row[block.columns - 1]);
-    }
-    plan_axis(axis, b.plan.count, component == 0 ? p.width : p.height, p.padding);
-  }
-}
-
 // The tiles of the image that a block reads, and where its cells begin in the scratch, in pixels.
 struct Reach {
   bool fits;
@@ -71,12 +47,15 @@ MAFNET_KERNEL void find_reach(const Plan& plan, Reach& reach) {
 template <typename T>
 MAFNET_KERNEL void read_reach(const FlowWarpParams& p, const Reach& reach, const T* image,
                               float* scratch) {
+  const auto column_of = [&](int tile) { return reach.column + tile % reach.tiles * kTilePixels; };
+  const auto source_of = [&](int tile) {
+    return image + (reach.row + tile / reach.tiles) * p.input_stride[2] + column_of(tile);
+  };
   for (int k = 0; k < reach.count; ++k) {
-    const int row = reach.tile[k] / reach.tiles, tile = reach.tile[k] % reach.tiles;
-    const int column = reach.column + tile * kTilePixels;
-    read_tile(image + (reach.row + row) * p.input_stride[2] + column, p.input_stride[1],
-              kTileChannels, std::min(kTilePixels, p.width - column),
-              scratch + static_cast<int64_t>(reach.tile[k]) * kTilePixels * kTileChannels);
+    const int tile = reach.tile[k], later = reach.tile[std::min(k + kReachAhead, reach.count - 1)];
+    read_tile(source_of(tile), p.input_stride[1], kTileChannels,
+              std::min(kTilePixels, p.width - column_of(tile)), source_of(later),
+              scratch + static_cast<int64_t>(tile) * kTilePixels * kTileChannels);
   }
 }
 
@@ -155,13 +134,15 @@ MAFNET_KERNEL void blend_gathered(const FlowWarpParams& p, const Plan& plan, con
   }
 }
 
+// False, and nothing is done, where the block reads too much and may not gather.
 template <typename T>
-MAFNET_KERNEL void forward_block_of(const FlowWarpParams& p, const PixelBlock& block,
-                                    float* scratch, bool around_caches) {
+MAFNET_KERNEL bool blend_planes(const FlowWarpParams& p, const PixelBlock& block, bool gather,
+                                float* scratch, bool around_caches) {
   BlockPlan b;
-  plan_block(p, block, b);
+  plan_block(p, block, false, b);
   Reach reach;
   find_reach(b.plan, reach);
+  if (!reach.fits && !gather) return false;
   const int64_t tiled = reach.fits ? p.channels / kTileChannels * kTileChannels : 0;
   const T* image = static_cast<const T*>(p.input) + block.n * p.input_stride[0];
   T* output = static_cast<T*>(p.output) + block.n * p.output_stride[0] +
@@ -194,12 +175,22 @@ MAFNET_KERNEL void forward_block_of(const FlowWarpParams& p, const PixelBlock& b
       }
     }
   }
-  if (p.mask == nullptr) return;
-  for (int r = 0; r < block.rows; ++r) {
-    write_mask<T>(
-        p, b.plan, r * b.stride, block.columns,
-        (block.n * p.out_height + block.y + r) * static_cast<int64_t>(p.out_width) + block.x);
+  for (int r = 0; p.mask != nullptr && r < block.rows; ++r) {
+    write_mask<T>(p, b.plan, r * b.stride, block.columns, first_pixel(p, block, r));
   }
+  return true;
+}
+
+template <typename T>
+MAFNET_KERNEL void forward_planes_of(const FlowWarpParams& p, const PixelBlock& block,
+                                     float* scratch, bool around_caches) {
+  if (blend_planes<T>(p, block, block.rows == 1, scratch, around_caches)) return;
+  PixelBlock upper = block, lower = block;
+  upper.rows /= 2;
+  lower.y += upper.rows;
+  lower.rows -= upper.rows;
+  blend_planes<T>(p, upper, true, scratch, around_caches);
+  blend_planes<T>(p, lower, true, scratch, around_caches);
 }
 
 // ---- grad_flow
@@ -227,7 +218,8 @@ MAFNET_KERNEL void add_grad_flow_tiles(const FlowWarpParams& p, const BlockPlan&
   float pixels[kTilePixels * kTileChannels] = {};
   for (int first = 0; first < count; first += kTilePixels) {
     read_tile(grad + first, p.grad_output_stride[1], kTileChannels,
-              std::min(kTilePixels, count - first), pixels);
+              std::min(kTilePixels, count - first), grad + first + kTilesAhead * kTilePixels,
+              pixels);
     for (int j = 0; j < kTilePixels; j += kLanes) {
       const int i = begin + first + j;
       float by_x[4][kLanes], by_y[4][kLanes];
@@ -290,10 +282,10 @@ MAFNET_KERNEL void add_grad_flow_gathered(const FlowWarpParams& p, const Plan& p
 }
 
 template <typename T>
-MAFNET_KERNEL void grad_flow_block_of(const FlowWarpParams& p, const PixelBlock& block,
-                                      float* scratch) {
+MAFNET_KERNEL void grad_flow_planes_of(const FlowWarpParams& p, const PixelBlock& block,
+                                       float* scratch) {
   BlockPlan b;
-  plan_block(p, block, b);
+  plan_block(p, block, true, b);
   Reach reach;
   find_reach(b.plan, reach);
   const int64_t tiled = reach.fits ? p.channels / kTileChannels * kTileChannels : 0;
@@ -321,26 +313,9 @@ MAFNET_KERNEL void grad_flow_block_of(const FlowWarpParams& p, const PixelBlock&
     }
   }
   for (int r = 0; r < block.rows; ++r) {
-    write_grad_flow(
-        p, b.plan, r * b.stride, block.columns, image, grad + r * p.grad_output_stride[2],
-        (block.n * p.out_height + block.y + r) * static_cast<int64_t>(p.out_width) + block.x,
-        grad_x, grad_y);
+    write_grad_flow(p, b.plan, r * b.stride, block.columns, image,
+                    grad + r * p.grad_output_stride[2], first_pixel(p, block, r), grad_x, grad_y);
   }
-}
-
-// ---- entries
-
-void forward_block(const FlowWarpParams& p, const PixelBlock& block, float* scratch,
-                   bool around_caches) {
-  dispatch_type(p.dtype, [&](auto type) {
-    forward_block_of<typename decltype(type)::type>(p, block, scratch, around_caches);
-  });
-}
-
-void grad_flow_block(const FlowWarpParams& p, const PixelBlock& block, float* scratch) {
-  dispatch_type(p.dtype, [&](auto type) {
-    grad_flow_block_of<typename decltype(type)::type>(p, block, scratch);
-  });
 }
 
 }  // namespace

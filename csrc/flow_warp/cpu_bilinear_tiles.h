@@ -43,10 +43,11 @@ MAFNET_KERNEL MAFNET_INLINE void transpose(Vec (&v)[kLanes]) {
   }
 }
 
-// pixels[i][c] = plane c of planes at pixel i; the channels that are missing are zeros.
+// pixels[i][c] = plane c of planes at pixel i; the channels that are missing are zeros. Fetches a
+// tile at `later` into the L2 cache.
 template <typename T>
 MAFNET_KERNEL void read_tile(const T* planes, int64_t plane, int64_t channels, int count,
-                             float* __restrict__ pixels) {
+                             const T* later, float* __restrict__ pixels) {
   for (int64_t c = 0; c < kTileChannels; c += kLanes) {
     for (int i = 0; i < count; i += kLanes) {
       const T* source = planes + c * plane + i;
@@ -55,7 +56,7 @@ MAFNET_KERNEL void read_tile(const T* planes, int64_t plane, int64_t channels, i
 #pragma GCC unroll 16
         for (int u = 0; u < kLanes; ++u) {
           v[u] = load(source + u * plane);
-          __builtin_prefetch(source + u * plane + kTilesAhead * kTilePixels, 0, 2);
+          __builtin_prefetch(later + (c + u) * plane + i, 0, 2);
         }
       } else {
         for (int u = 0; u < kLanes; ++u) {
