@@ -188,15 +188,19 @@ def test_block_and_vector_boundaries(layout: str, channels: int, width: int) -> 
 
 
 @needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reach", [3.0, 300.0], ids=["near", "far"])
+@pytest.mark.parametrize(
+    ("reach", "height"), [(3.0, 35), (18.0, 75), (300.0, 35)], ids=["near", "halves", "far"]
+)
 @pytest.mark.parametrize("width", [127, 128, 145, 400])
-def test_blocks_of_planes(width: int, reach: float, dtype: torch.dtype) -> None:
-    """Blocks of 16 x 128 pixels, tiles of 16 channels and 5 more; at 400 the far flow reaches too much to hold."""
-    size = (2, 37, 35, width)
-    input, grad = (uniform(*size, seed=s).to(dtype) for s in (0, 2))
+def test_blocks(width: int, reach: float, height: int, dtype: torch.dtype, layout: str) -> None:
+    """Blocks of 32 x 128 pixels of planes, of which one of "halves" is too much to hold and its halves are not; tiles of
+    16 channels and 5 more; at 400 the far flow reaches too much to hold. Blocks of 48 and 96 columns of channels_last."""
+    size = (2, 37, height, width)
+    input, grad = (laid_out(uniform(*size, seed=s).to(dtype), layout) for s in (0, 2))
     # off the kinks, and so coarse that all weights are exact
-    flow = uniform(2, 35, width, 2, reach=reach, seed=1).mul(4).round().div(4).add(1 / 8)
+    flow = uniform(2, height, width, 2, reach=reach, seed=1).mul(4).round().div(4).add(1 / 8)
     exact = run(input.double(), flow, grad.double(), flow_warp)
     actual = run(input, flow.float(), grad, flow_warp)
     # a pixel is reached from at most 9 x 9 of the near flow, from fewer of the far one
