@@ -3,7 +3,7 @@
 // Bilinear float and half precision goes to kernels for the vector instructions at hand
 // (cpu_bilinear.h), everything else to cpu_generic.h.
 //
-// Forward and grad_flow: one task per span of output pixels, or block of them in planes.
+// Forward and grad_flow: one task per block of output pixels, or span of them in cpu_generic.h.
 // grad_input: one task per band of its rows, which only that task writes; it visits the source rows
 // that reach the band in raster order. No atomics, and the same sums in the same order whatever the
 // number of threads.

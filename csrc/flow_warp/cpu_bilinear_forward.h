@@ -62,7 +62,7 @@ MAFNET_KERNEL MAFNET_INLINE void cell_weights(const Plan& plan, int i, float (&w
   }
 }
 
-// Fetches `bytes` of the channels of four pixels into the L2 cache.
+// Fetches kBytes of channels of the four pixels of a cell into the L2 cache.
 template <int kBytes, typename T>
 MAFNET_KERNEL MAFNET_INLINE void prefetch_cell(const T* cell, int64_t next, int64_t below) {
 #pragma GCC unroll 4

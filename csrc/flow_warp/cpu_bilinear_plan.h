@@ -61,7 +61,8 @@ MAFNET_KERNEL MAFNET_INLINE Vec clamp(Vec v, float low, float high) {
 }
 
 // What sample_axis() of common/sampler.h does, for whole vectors, with its taps folded into a cell.
-// The cell is moved into the image, so the distance t to its first pixel may leave [0, 1].
+// The cell is moved into the image, so the distance t to its first pixel may leave [0, 1]. slopes:
+// those too, which the gradient of the flow alone reads.
 template <Padding P>
 MAFNET_KERNEL void plan_cells(Axis& axis, int count, int size, bool slopes) {
   const float last = static_cast<float>(size - 1);

@@ -73,13 +73,10 @@ template <typename T>
 MAFNET_KERNEL void blend_tiles(const FlowWarpParams& p, const BlockPlan& b, const Reach& reach,
                                int begin, int count, const float* scratch, T* output,
                                bool around_caches, Vec& check) {
-  const Axis &x = b.plan.x, &y = b.plan.y;
   const int64_t below = static_cast<int64_t>(reach.tiles) * kTilePixels * kTileChannels;
   for (int i = 0; i < count; i += kLanes) {
     float w[4][kLanes];
-    for (int t = 0; t < 4; ++t) {
-      store(w[t], load(y.weight[t / 2] + begin + i) * load(x.weight[t % 2] + begin + i));
-    }
+    cell_weights(b.plan, begin + i, w);
     const int lanes = std::min(kLanes, count - i);
     for (int64_t c = 0; c < kTileChannels; c += kLanes) {
       Vec v[kLanes];

@@ -77,11 +77,11 @@ def assert_faster(
 
 
 def make_case(
-    layout: str, dtype: torch.dtype, height: int = HEIGHT
+    layout: str, dtype: torch.dtype, height: int = HEIGHT, noise: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, smooth flow in pixels, and the grid that says the same to grid_sample."""
+    """Image, flow in pixels, and the grid that says the same to grid_sample. noise: no pixel's flow is like the next's."""
     image = torch.randn(1, CHANNELS, height, WIDTH).to(dtype, memory_format=FORMATS[layout])
-    coarse = 4 * torch.randn(1, 2, 5, 8)
+    coarse = 4 * (torch.randn(1, 2, height, WIDTH) if noise else torch.randn(1, 2, 5, 8))
     flow = F.interpolate(coarse, size=(height, WIDTH), mode="bicubic").permute(0, 2, 3, 1)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(WIDTH), indexing="ij")
     size = torch.tensor([WIDTH - 1, height - 1])
@@ -119,17 +119,19 @@ def test_forward(layout: str, dtype: torch.dtype, bar: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype", "bar"),
+    ("layout", "dtype", "noise", "bar"),
     [
-        ("NCHW", torch.float32, 4.0),
-        ("channels_last", torch.float32, 4.0),
-        ("NCHW", torch.bfloat16, 3.5),
-        ("channels_last", torch.bfloat16, 4.0),
+        ("NCHW", torch.float32, False, 4.0),
+        ("NCHW", torch.float32, True, 3.5),
+        ("channels_last", torch.float32, False, 4.0),
+        ("channels_last", torch.float32, True, 4.0),
+        ("NCHW", torch.bfloat16, False, 3.5),
+        ("channels_last", torch.bfloat16, False, 4.0),
     ],
     ids=str,
 )
-def test_backward(layout: str, dtype: torch.dtype, bar: float) -> None:
-    image, flow, grid = make_case(layout, dtype, height_of(dtype))
+def test_backward(layout: str, dtype: torch.dtype, noise: bool, bar: float) -> None:
+    image, flow, grid = make_case(layout, dtype, height_of(dtype), noise)
     grad = torch.randn_like(image)
     leaves = [t.clone(memory_format=torch.preserve_format) for t in (image, flow, grid.to(dtype))]
     x, f, g = (leaf.requires_grad_() for leaf in leaves)
