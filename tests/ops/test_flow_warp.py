@@ -195,8 +195,9 @@ def test_block_and_vector_boundaries(layout: str, channels: int, width: int) -> 
 )
 @pytest.mark.parametrize("width", [127, 128, 145, 400])
 def test_blocks(width: int, reach: float, height: int, dtype: torch.dtype, layout: str) -> None:
-    """Blocks of 32 x 128 pixels of planes, of which one of "halves" is too much to hold and its halves are not; tiles of
-    16 channels and 5 more; at 400 the far flow reaches too much to hold. Blocks of 48 and 96 columns of channels_last."""
+    """Of planes blocks of 32 x 128 pixels, tiles of 16 channels and 5 more. At 400 the far flow reaches too much to
+    hold, and that of "halves" too much for a block, not for half of one. Of channels_last blocks of 48 or 96 columns.
+    """
     size = (2, 37, height, width)
     input, grad = (laid_out(uniform(*size, seed=s).to(dtype), layout) for s in (0, 2))
     # off the kinks, and so coarse that all weights are exact

@@ -79,7 +79,7 @@ def assert_faster(
 def make_case(
     layout: str, dtype: torch.dtype, height: int = HEIGHT, noise: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, flow in pixels, and the grid that says the same to grid_sample. noise: no pixel's flow is like the next's."""
+    """Image, flow in pixels, smooth or independent, and the grid that says the same to grid_sample."""
     image = torch.randn(1, CHANNELS, height, WIDTH).to(dtype, memory_format=FORMATS[layout])
     coarse = 4 * (torch.randn(1, 2, height, WIDTH) if noise else torch.randn(1, 2, 5, 8))
     flow = F.interpolate(coarse, size=(height, WIDTH), mode="bicubic").permute(0, 2, 3, 1)
