@@ -29,7 +29,7 @@ struct QueryBlock {
   A *query, *grad_out, *lse, *delta;
 };
 
-template <typename A>
+template <typename A, bool kBackward>
 class FloatEngine {
  public:
   using Sum = A;
@@ -42,7 +42,6 @@ class FloatEngine {
       : p_(params),
         depth_(round_up(params.depth, kColumnPad)),
         value_depth_(round_up(params.value_depth, kColumnPad)),
-        backward_(params.grad_out.data != nullptr),
         scale_(static_cast<A>(std::abs(params.scale))),
         sign_(params.scale < 0 ? A(-1) : A(1)) {}
 
@@ -50,10 +49,10 @@ class FloatEngine {
     explicit Scratch(const FloatEngine& e)
         : query(kQueries * e.depth_),
           score(kQueries * kKeys),
-          grad_score(e.backward_ ? kQueries * kKeys : 0),
+          grad_score(kBackward ? kQueries * kKeys : 0),
           out(kQueries * e.value_depth_),
-          grad_key(e.backward_ ? kKeyBlocks * kKeys * e.depth_ : 0),
-          grad_value(e.backward_ ? kKeyBlocks * kKeys * e.value_depth_ : 0) {}
+          grad_key(kBackward ? kKeyBlocks * kKeys * e.depth_ : 0),
+          grad_value(kBackward ? kKeyBlocks * kKeys * e.value_depth_ : 0) {}
     Buffer<A> query, score, grad_score, out, grad_key, grad_value;
     A largest[kQueries], sum[kQueries];
     int queries = 0;
@@ -61,7 +60,7 @@ class FloatEngine {
   };
 
   size_t key_bytes() const {
-    const int row = p_.depth + value_depth_ + (backward_ ? depth_ + p_.value_depth : 0);
+    const int row = p_.depth + value_depth_ + (kBackward ? depth_ + p_.value_depth : 0);
     return sizeof(A) * kKeys * row;
   }
 
@@ -71,7 +70,7 @@ class FloatEngine {
     read_tokens(p_.dtype, p_.key, problem, first, count, p_.depth, k.key_t, 1, kKeys);
     read_tokens(p_.dtype, p_.value, problem, first, count, p_.value_depth, k.value, value_depth_,
                 1);
-    if (!backward_) return;
+    if constexpr (!kBackward) return;
     read_tokens(p_.dtype, p_.key, problem, first, count, p_.depth, k.key, depth_, 1);
     read_tokens(p_.dtype, p_.value, problem, first, count, p_.value_depth, k.value_t, 1, kKeys);
   }
@@ -277,7 +276,6 @@ class FloatEngine {
 
   const SelfAttentionParams& p_;
   const int depth_, value_depth_;
-  const bool backward_;
   const A scale_, sign_;
   // Not 0, so that scores of -inf, which stand for keys past the end, keep the weight 0.
   const A slope_ = std::max(scale_, std::numeric_limits<A>::min());
@@ -286,13 +284,13 @@ class FloatEngine {
 }  // namespace
 
 void self_attention_forward_float(const SelfAttentionParams& p) {
-  if (p.dtype == Dtype::kFloat64) return run_forward<FloatEngine<double>>(p);
-  run_forward<FloatEngine<float>>(p);
+  if (p.dtype == Dtype::kFloat64) return run_forward<FloatEngine<double, false>>(p);
+  run_forward<FloatEngine<float, false>>(p);
 }
 
 void self_attention_backward_float(const SelfAttentionParams& p) {
-  if (p.dtype == Dtype::kFloat64) return run_backward<FloatEngine<double>>(p);
-  run_backward<FloatEngine<float>>(p);
+  if (p.dtype == Dtype::kFloat64) return run_backward<FloatEngine<double, true>>(p);
+  run_backward<FloatEngine<float, true>>(p);
 }
 
 }  // namespace mafnet

@@ -576,6 +576,16 @@ def test_batch_0(dtype: torch.dtype, window: int | None) -> None:
     assert [g.shape for g in grads] == [t.shape for t in given]
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
+@pytest.mark.parametrize("shape", [(1, 2, 30, 40, 4, 0), (1, 2, 0, 40, 4, 5)], ids=str)
+def test_gradients_where_the_output_has_no_elements(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    given = unequal(shape, dtype)
+    for grad, tensor in zip(gradients(attention, given), given):
+        assert_same(grad, torch.zeros_like(tensor))
+
+
 def test_no_tokens() -> None:
     assert attention(*tensors(2, 1, 0, 3, 4)).shape == (2, 1, 0, 4)
 
