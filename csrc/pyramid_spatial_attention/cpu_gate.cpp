@@ -98,11 +98,12 @@ struct Block {
     n = index / gate.per_row / p.height;
     count = std::min(kBlock, p.width - x);
   }
-  // What product() and for_rows read: masks where they lie if that is as T, else as rows.
+  // What products and for_rows read, `columns` elements of each pixel: masks where they lie if that
+  // is as T, else as rows.
   template <typename T>
-  Row<T> read_mask(const SpatialGateParams& p, const Gate<A>& gate) {
+  Row<T> read_mask(const SpatialGateParams& p, const Gate<A>& gate, int columns) {
     if constexpr (std::is_same_v<T, A>) {
-      return rows_of(p.mask, n, y, x, count, p.width, p.channels, masks.data(), gate.row);
+      return rows_of(p.mask, n, y, x, count, p.width, p.channels, columns, masks.data(), gate.row);
     } else {
       return read<T>(p.mask, p, gate, masks);
     }
@@ -134,7 +135,7 @@ void forward(const SpatialGateParams& p) {
     Block<A> block(gate);
     for (int64_t index = begin; index < end; ++index) {
       block.start(p, gate, index);
-      const Row<T> mask = block.template read_mask<T>(p, gate);
+      const Row<T> mask = block.template read_mask<T>(p, gate, p.channels);
       const Row<T> input = block.template read<T>(p.input, p, gate, block.values);
       A* features = block.features.data();
       const A scale = gate.scale, slope = gate.slope, *bias = gate.bias.data();
@@ -268,7 +269,7 @@ void backward(const SpatialGateParams& p) {
       block.start(p, gate, index);
       const int64_t n = block.n;
       const int y = block.y, x = block.x, count = block.count;
-      const Row<T> mask = block.template read_mask<T>(p, gate);
+      const Row<T> mask = block.template read_mask<T>(p, gate, need_weight ? row : channels);
       const Row<T> input = block.template read<T>(p.input, p, gate, block.values);
       const Row<T> grad = block.template read<T>(p.grad_output, p, gate, outputs);
       A *features = block.features.data(), *to_mask = to_masks.data();

@@ -19,10 +19,11 @@ class Features {
 
   int channels() const { return pooled_ ? 2 * p_.channels : p_.channels; }
 
-  // Of output pixels x ... x + count - 1, in buffer or where they lie.
-  Row<A> read(int64_t n, int y, int x, int count, A* buffer, int64_t stride) {
+  // Of output pixels x ... x + count - 1, in buffer or where they lie; `columns` elements of each
+  // are read.
+  Row<A> read(int64_t n, int y, int x, int count, int columns, A* buffer, int64_t stride) {
     if (!pooled_) {
-      return rows_of(p_.input, n, y, x, count, p_.width, p_.channels, buffer, stride);
+      return rows_of(p_.input, n, y, x, count, p_.width, p_.channels, columns, buffer, stride);
     }
     pool_row(reader_.read(n, y, x, count), x, count, p_.width, p_.channels, buffer, stride);
     return {buffer, stride};
@@ -62,7 +63,7 @@ void forward(const PyramidConvParams& p, bool pooled) {
         product.set(pixel_at<BFloat16>(p.input, n, y, x), p.input.stride[3], count, sums.data(),
                     out, scratch.data());
       } else {
-        const Row<A> read = features.read(n, y, x, count, rows.data(), row);
+        const Row<A> read = features.read(n, y, x, count, depth, rows.data(), row);
         product.set(read.data, read.stride, count, sums.data(), out, scratch.data());
       }
       write_activated(sums.data(), out, count, p.out_channels, bias.data(), slope, p.output, n, y,
@@ -183,7 +184,7 @@ void backward(const PyramidConvParams& p, bool pooled) {
             by_pixels.add(pixel_at<BFloat16>(p.input, n, y, x), p.input.stride[3], row,
                           partials.weight(chunk), row);
           } else {
-            const Row<A> read = features.read(n, y, x, count, pixels.data(), row);
+            const Row<A> read = features.read(n, y, x, count, row, pixels.data(), row);
             by_pixels.add(read.data, read.stride, row, partials.weight(chunk), row);
           }
           add_rows(grads.data(), out, count, out, partials.bias(chunk));
@@ -218,7 +219,7 @@ void pool_forward(const PyramidConvParams& p) {
       const int y = static_cast<int>(r % p.out_height);
       for (int x = 0; x < p.out_width; x += kBlock) {
         const int count = std::min(kBlock, p.out_width - x);
-        features.read(n, y, x, count, rows.data(), channels);
+        features.read(n, y, x, count, channels, rows.data(), channels);
         write_row(rows.data(), channels, count, channels, p.output, n, y, x);
       }
     }

@@ -75,11 +75,12 @@ void copy_row(const Source& image, int64_t n, int64_t y, int64_t x, int count, i
       count, channels, buffer, buffer_stride);
 }
 
-// Rows for a product: where they lie, if the rows that it reads beyond the last are pixels, too.
+// Rows for a product that reads `columns` elements of each: where they lie, if these are its
+// channels and the rows that it reads beyond the last are pixels, too.
 template <typename A>
 Row<A> rows_of(const Source& image, int64_t n, int64_t y, int64_t x, int count, int width,
-               int channels, A* buffer, int64_t buffer_stride) {
-  if (x + padded_rows(count) <= width) {
+               int channels, int columns, A* buffer, int64_t buffer_stride) {
+  if (columns == channels && x + padded_rows(count) <= width) {
     return read_row(image, n, y, x, count, channels, buffer, buffer_stride);
   }
   copy_row(image, n, y, x, count, channels, buffer, buffer_stride);
