@@ -23,6 +23,8 @@ DEFAULT_CRF = {"libx264": "16", "libx264rgb": "16", "libx265": "18", "libvpx-vp9
 # MP4 keeps the start of a stream in movie ticks, 1 ms by default: too coarse for exact times.
 MOV_FAMILY = {".mp4", ".mov", ".m4v"}
 MAX_MOVIE_TIMESCALE = 1_000_000
+# The first packet of AAC or Opus lies before time 0, for which their muxer would move all streams.
+MATROSKA_FAMILY = {".mkv", ".webm"}
 COPIED_KINDS = {"audio", "subtitle"}
 # Described by the muxer itself, or true of the source file only.
 OWN_METADATA = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
@@ -313,6 +315,8 @@ def output_tags(source: ColourTags, pixel_format: str) -> ColourTags:
 
 def _open_output(path: Path, target: Path, time_base: Fraction) -> Any:
     options = {}
+    if target.suffix.lower() in MATROSKA_FAMILY:
+        options["avoid_negative_ts"] = "disabled"
     if target.suffix.lower() in MOV_FAMILY and time_base.denominator <= MAX_MOVIE_TIMESCALE:
         options["movie_timescale"] = str(time_base.denominator)
     try:

@@ -83,7 +83,13 @@ def test_the_last_frame_stays_as_long(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "target", "codec"),
-    [("in.mp4", "out.mp4", "aac"), ("in.mkv", "out.mp4", "ac3"), ("in.ts", "out.mkv", "mp2")],
+    [
+        ("in.mp4", "out.mp4", "aac"),
+        ("in.mp4", "out.mkv", "aac"),
+        ("in.mkv", "out.mkv", "libopus"),
+        ("in.mkv", "out.mp4", "ac3"),
+        ("in.ts", "out.mkv", "mp2"),
+    ],
 )
 def test_sound_is_copied_bit_by_bit(tmp_path: Path, source: str, target: str, codec: str) -> None:
     make_video(tmp_path / source, count=30, audio=codec)
