@@ -67,7 +67,7 @@ def load_picture(path: Path) -> Picture:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise VideoError(f"{path}: an animation of {image.n_frames} frames, not one image")
-            return _from_pillow(image)
+            return _from_pillow(path, image)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, av.FFmpegError) as error:
         raise VideoError(f"{path}: cannot be read as an image: {error}") from error
 
@@ -101,11 +101,13 @@ def upscale_alpha(alpha: Tensor | None, scale: int) -> Tensor | None:
     return F.interpolate(alpha[None], scale_factor=scale, mode="bicubic")[0].clamp(0, 1)
 
 
-def _from_pillow(image: Image.Image) -> Picture:
+def _from_pillow(path: Path, image: Image.Image) -> Picture:
     icc = image.info.get("icc_profile")
     deep = image.mode.startswith(("I", "F"))
     if deep:
-        raise VideoError(f"{image.mode} pixels are read from PNG only; convert to 16-bit PNG")
+        raise VideoError(
+            f"{path}: {image.mode} pixels are read from PNG only; convert to 16-bit PNG"
+        )
     upright = ImageOps.exif_transpose(image)
     has_alpha = "A" in upright.getbands() or "transparency" in upright.info
     grey = upright.mode in ("1", "L", "LA")

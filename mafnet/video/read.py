@@ -111,7 +111,10 @@ class VideoReader:
             self._first = next(self._decoded, None)
             if self._first is None:
                 raise VideoError(f"{path}: no video frame {self._range_text()}could be decoded")
-            self.info = self._describe(self._first)
+            try:
+                self.info = self._describe(self._first)
+            except VideoError as error:
+                raise VideoError(f"{path}: {error}") from error
         except BaseException:
             self._container.close()
             raise
@@ -249,7 +252,10 @@ class VideoReader:
         full = RANGE_FULL in (first.color_range, context.color_range)
         full = full or first.format.name.startswith("yuvj") or layout.family == "rgb"
         matrix = resolve_matrix(int(matrix), first.width, first.height, layout.family)
-        orientation = self._orientation(first)
+        display_matrix = first.side_data.get("DISPLAYMATRIX")
+        orientation = (
+            Orientation() if display_matrix is None else display_orientation(bytes(display_matrix))
+        )
         width, height = first.width, first.height
         aspect = stream.sample_aspect_ratio
         if orientation.transpose:
@@ -268,15 +274,6 @@ class VideoReader:
             estimated_frames=self._estimate_frames(),
             notes=tuple(self._source_notes(first, int(transfer))),
         )
-
-    def _orientation(self, first: Any) -> Orientation:
-        matrix = first.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
-            try:
-                return display_orientation(bytes(matrix))
-            except VideoError as error:
-                raise VideoError(f"{self.path}: {error}") from error
-        return Orientation()
 
     def _estimate_frames(self) -> int | None:
         stream = self._stream

@@ -150,6 +150,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     [
         ("bad.png", "out.png", r"bad\.png: cannot be read as an image"),
         ("cut.png", "out.png", r"cut\.png: cannot be read as an image"),
+        ("deep.tif", "out.png", r"deep\.tif: F pixels are read from PNG only"),
         ("good.png", "out.mp4", r"out\.mp4: an image is written as \.jpeg, \.jpg, \.png, \.webp"),
         ("empty", "out", "empty: no image in this folder"),
         ("full", "out.mp4", r"out\.mp4: a folder of frames is written to a folder"),
@@ -161,6 +162,7 @@ def test_refusals(tmp_path: Path, source: str, target: str, message: str) -> Non
     write(tmp_path / "good.png", size=(60, 60))
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("F", (8, 6)).save(tmp_path / "deep.tif")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     write(tmp_path / "full" / "a.png")

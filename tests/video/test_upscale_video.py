@@ -354,16 +354,23 @@ def bad_inputs(folder: Path) -> dict[str, tuple[Path, str]]:
     make_video(folder / "headless.mp4", count=5)
     data = (folder / "headless.mp4").read_bytes()
     (folder / "headless.mp4").write_bytes(data[: data.index(b"moov")])
+    with av.open(str(folder / "ictcp.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace = 14
+        container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode(None))
     return {
         "missing": (folder / "nothing.mp4", "no such file"),
         "text": (folder / "text.mp4", "cannot be opened as a video"),
         "empty": (folder / "empty.mp4", "cannot be opened as a video"),
         "sound": (folder / "sound.mp4", "no video stream"),
         "headless": (folder / "headless.mp4", "cannot be opened as a video"),
+        "ictcp": (folder / "ictcp.mp4", "colour matrix 14 .* is not supported"),
     }
 
 
-@pytest.mark.parametrize("name", ["missing", "text", "empty", "sound", "headless"])
+@pytest.mark.parametrize("name", ["missing", "text", "empty", "sound", "headless", "ictcp"])
 def test_bad_input(tmp_path: Path, name: str) -> None:
     source, message = bad_inputs(tmp_path)[name]
     with pytest.raises(VideoError, match=rf"{source.name}: {message}") as caught:
