@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ def _add_upscale(commands: Any) -> None:
         metavar="N",
         help="context around a tile (default 32); both are rounded up to attention windows",
     )
-    work.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+    work.add_argument("--threads", type=_threads, metavar="N", help="CPU threads")
     cut = p.add_argument_group("what to read")
     cut.add_argument("--start", type=_time, metavar="TIME", help="seconds or [HH:]MM:SS[.mmm]")
     cut.add_argument("--end", type=_time, metavar="TIME", help="first moment left out")
@@ -339,6 +340,11 @@ def _read_rgb(path: Path) -> np.ndarray:
 
 def _positive(text: str) -> int:
     return _integer(text, 1)
+
+
+def _threads(text: str) -> int:
+    """No more than there are processors: thousands crash OpenMP, and more than these help nobody."""
+    return min(_positive(text), os.cpu_count() or 1)
 
 
 def _natural(text: str) -> int:

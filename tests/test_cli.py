@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import mafnet.evaluate
 import mafnet.train
 import mafnet.video
 import mafnet.video.run
-from mafnet.cli import _time, main
+from mafnet.cli import _threads, _time, main
 from mafnet.data.degrade import bd_downscale, bi_downscale
 from mafnet.video import EncodeSettings, UpscaleOptions, UpscaleReport
 from mafnet.video.read import VideoReader
@@ -56,6 +57,11 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
+def test_no_more_threads_than_processors() -> None:
+    assert _threads("1") == 1
+    assert _threads("100000") == os.cpu_count()
+
+
 @pytest.mark.usefixtures("net")
 @pytest.mark.parametrize("terminal", [True, False])
 def test_upscale(
@@ -86,12 +92,12 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     line = (
         "upscale a.mp4 -o b.mkv --model base --device cpu --dtype bf16 --chunk 9 --overlap 0 "
         "--tile 96 --tile-overlap 24 --start 1:02.5 --end 90 --damaged keep --overwrite -q "
-        "--threads 3 --codec libx265 --crf 20.5 --preset slow --pix-fmt yuv420p10le --audio none"
+        "--threads 1 --codec libx265 --crf 20.5 --preset slow --pix-fmt yuv420p10le --audio none"
     )
     assert main(line.split()) == 0
-    encode = EncodeSettings("libx265", 20.5, "slow", "yuv420p10le", False, 3)
+    encode = EncodeSettings("libx265", 20.5, "slow", "yuv420p10le", False, 1)
     options = UpscaleOptions(
-        "base", "cpu", "bf16", 9, 0, 96, 24, 62.5, 90.0, "keep", True, False, 3, encode
+        "base", "cpu", "bf16", 9, 0, 96, 24, 62.5, 90.0, "keep", True, False, 1, encode
     )
     assert calls == [(Path("a.mp4"), Path("b.mkv"), options)]
     main(["upscale", "a.mp4", "-o", "b.mkv"])
@@ -106,6 +112,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("upscale in.mp4 -o no/out.mp4", "no/out.mp4: the output folder no does not exist"),
         ("upscale in.mp4 -o out.mp4 --codec x", "--codec: unknown encoder 'x'"),
         ("upscale in.mp4 -o out.mp4 --device x", "--device: 'x' cannot be used"),
+        ("upscale in.mp4 -o out.mp4 --device meta", "--device: 'meta' cannot be used"),
         ("upscale in.mp4 -o out.mp4 --start 99", "in.mp4: no video frame between 99 s and the end"),
         ("degrade none -o out", "none: no such folder"),
         ("degrade . -o out", ".: no image in this folder"),

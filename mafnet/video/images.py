@@ -19,6 +19,14 @@ from .errors import VideoError
 
 READABLE = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 WRITABLE = {".png", ".jpg", ".jpeg", ".webp"}
+_UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    av.FFmpegError,
+)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTH_BYTE = 24  # of IHDR: signature 8, chunk length and name 8, width and height 8
 
@@ -68,7 +76,7 @@ def load_picture(path: Path) -> Picture:
             if getattr(image, "n_frames", 1) > 1:
                 raise VideoError(f"{path}: an animation of {image.n_frames} frames, not one image")
             return _from_pillow(path, image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, av.FFmpegError) as error:
+    except _UNREADABLE as error:
         raise VideoError(f"{path}: cannot be read as an image: {error}") from error
 
 

@@ -23,6 +23,7 @@ END_SLACK = 0.5
 # Containers whose header states the duration of the whole file, so that a missing end shows.
 DECLARING_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
 ATTACHED_PICTURE = 1 << 10
+FAR_TICKS = 1 << 62  # beyond every time stamp; libav counts in 64 bits
 TRANSFERS_HDR = {16, 18}  # PQ and HLG, H.273
 
 
@@ -186,7 +187,8 @@ class VideoReader:
         first = self._origin + (self.start or 0)
         limit = None if self.end is None else self._origin + self.end
         if self.start:
-            self._container.seek(int(first / self._stream.time_base), stream=self._stream)
+            ticks = min(int(first / self._stream.time_base), FAR_TICKS)
+            self._container.seek(ticks, stream=self._stream)
         try:
             for packet in self._container.demux():
                 self._watch(packet)

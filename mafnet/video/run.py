@@ -82,18 +82,20 @@ def upscale(
     output or options that cannot be handled, mafnet.CheckpointError for the model. The output
     appears under its name only when it is whole.
     """
-    kind = check_paths(source, target, options.overwrite)
-    if kind != "video" and (options.start is not None or options.end is not None):
-        raise VideoError(f"{source}: --start and --end are for videos")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    if net is None:
-        net = load_model(options.model, device)
-    job = _Job(net, device, pick_dtype(options.dtype, device), options, observe)
-    handler = {"video": _upscale_video, "folder": _upscale_folder, "image": _upscale_image}[kind]
     try:
-        return handler(source, target, job)
+        kind = check_paths(source, target, options.overwrite)
+        if kind != "video" and (options.start is not None or options.end is not None):
+            raise VideoError(f"{source}: --start and --end are for videos")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        device = pick_device(options.device)
+        if net is None:
+            net = load_model(options.model, device)
+        job = _Job(net, device, pick_dtype(options.dtype, device), options, observe)
+        handler = {"video": _upscale_video, "folder": _upscale_folder, "image": _upscale_image}
+        return handler[kind](source, target, job)
+    except OSError as error:  # of the file system, where no one else has words for it
+        raise VideoError(f"{error.filename or target}: {error.strerror or error}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise VideoError(f"{source}: {_OUT_OF_MEMORY}") from error
     except RuntimeError as error:
@@ -150,7 +152,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise VideoError(f"--device: {name!r} cannot be used: {reason}") from error
@@ -288,7 +290,7 @@ def _upscale_image(source: Path, target: Path, job: _Job) -> UpscaleReport:
 @contextmanager
 def temporary_beside(target: Path, remove: Callable[[Path], None]) -> Iterator[Path]:
     """A free name in the target's folder, of its suffix; what is left there is removed."""
-    name = f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}"
+    name = f".{target.stem[:50]}.{secrets.token_hex(4)}.part{target.suffix}"
     temporary = target.parent / name
     try:
         yield temporary

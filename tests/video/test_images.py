@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import av
@@ -151,6 +153,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
         ("bad.png", "out.png", r"bad\.png: cannot be read as an image"),
         ("cut.png", "out.png", r"cut\.png: cannot be read as an image"),
         ("deep.tif", "out.png", r"deep\.tif: F pixels are read from PNG only"),
+        ("huge.png", "out.png", r"huge\.png: cannot be read as an image: .* exceeds limit"),
         ("good.png", "out.mp4", r"out\.mp4: an image is written as \.jpeg, \.jpg, \.png, \.webp"),
         ("empty", "out", "empty: no image in this folder"),
         ("full", "out.mp4", r"out\.mp4: a folder of frames is written to a folder"),
@@ -162,6 +165,9 @@ def test_refusals(tmp_path: Path, source: str, target: str, message: str) -> Non
     write(tmp_path / "good.png", size=(60, 60))
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    header = struct.pack(">II5B", 20000, 20000, 8, 2, 0, 0, 0)
+    start = whole[:12] + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "huge.png").write_bytes(start + whole[33:])
     Image.new("F", (8, 6)).save(tmp_path / "deep.tif")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()

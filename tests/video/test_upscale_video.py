@@ -303,6 +303,20 @@ def test_full_disk(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in.mp4"]
 
 
+def test_start_beyond_all_time_stamps(tmp_path: Path) -> None:
+    make_video(tmp_path / "in.mp4", count=3)
+    with pytest.raises(VideoError, match=r"in\.mp4: no video frame between 1e\+20 s and the end"):
+        run(tmp_path / "in.mp4", tmp_path / "out.mp4", start=1e20)
+
+
+def test_long_names(tmp_path: Path) -> None:
+    """As long as the file system lets them be; the temporary name must not be longer."""
+    make_video(tmp_path / "in.mp4", count=2)
+    run(tmp_path / "in.mp4", tmp_path / f"{'a' * 250}.mp4")
+    with pytest.raises(VideoError, match=r"aa\.mp4: File name too long"):
+        run(tmp_path / "in.mp4", tmp_path / f"{'a' * 260}.mp4")
+
+
 @pytest.mark.parametrize("container", ["mp4", "mkv", "webm", "avi"])
 def test_truncated_video_is_an_error(tmp_path: Path, container: str) -> None:
     source, target = tmp_path / f"in.{container}", tmp_path / "out.mp4"
