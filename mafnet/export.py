@@ -76,6 +76,8 @@ def export_onnx(
         raise ExportError(f"ONNX export needs {', '.join(missing)}: pip install 'mafnet[onnx]'")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder; name the file")
     with onnx_ops.standard_ops(deform_conv):
         program = export_program(net, frames)
         model = torch.onnx.export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def require_tensor(op: str, argument: str, value: object, dims: int) -> None:
         raise TypeError(
             f"{op}: {argument}: expected dtype float64, float32, float16 or bfloat16, got {value.dtype}"
         )
+    require(value.layout == torch.strided, op, argument, "a dense tensor", str(value.layout))
     require(value.dim() == dims, op, argument, f"{dims} dimensions", f"shape {tuple(value.shape)}")
 
 
@@ -86,6 +88,14 @@ def require_convolution(
     require_shape(op, weight_name, weight, shape, form)
     if bias is not None:
         require_shape(op, bias_name, bias, shape[:1], "(C_out,)")
+
+
+def number(op: str, argument: str, value: Any) -> float:
+    """``value`` as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {argument}: expected a number, got {value!r}") from None
 
 
 def pair(op: str, argument: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:

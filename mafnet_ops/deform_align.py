@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 from ._autograd import empty_like_input
-from ._checks import autocast_dtype, require, require_shape, require_tensor
+from ._checks import autocast_dtype, number, require, require_shape, require_tensor
 from ._deformable import (
     GEOMETRY_SCHEMA,
     Geometry,
@@ -79,7 +79,9 @@ def deform_align(
         compute = reference.coordinate_dtype(input.dtype)
         flow_1, flow_2 = flow_1.to(compute), flow_2.to(compute)
     # The raw ops know no None.
-    reach = math.inf if max_residue_magnitude is None else float(max_residue_magnitude)
+    reach = math.inf
+    if max_residue_magnitude is not None:
+        reach = number(_OP, "max_residue_magnitude", max_residue_magnitude)
     require(reach == reach, _OP, "max_residue_magnitude", "a number or None", reach)
     if input.device.type not in _NATIVE_DEVICES:
         # The prologue in PyTorch, then whatever runs the convolution here.

@@ -115,7 +115,8 @@ def _check(input: Tensor, flow: Tensor, interpolation: str, padding_mode: str) -
 
 
 def _require_choice(argument: str, value: str, choices: dict[str, int]) -> None:
-    require(value in choices, _OP, argument, f"one of {', '.join(choices)}", repr(value))
+    known = isinstance(value, str) and value in choices
+    require(known, _OP, argument, f"one of {', '.join(choices)}", repr(value))
 
 
 # ------------------------------------------------------------------------------------- schema and fake

@@ -214,8 +214,10 @@ class ModulatedDeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        require(groups >= 1, _OP, "groups", "an int >= 1", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            require(channels % groups == 0, _OP, name, f"a multiple of groups = {groups}", channels)
+            fits = channels >= 1 and channels % groups == 0
+            require(fits, _OP, name, f"a multiple of groups = {groups}", channels)
         self.kernel_size = pair(_OP, "kernel_size", kernel_size, 1)
         self.stride = pair(_OP, "stride", stride, 1)
         self.padding = pair(_OP, "padding", padding, 0)

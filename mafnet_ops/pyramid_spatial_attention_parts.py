@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _native, reference
 from ._checks import (
     autocast_dtype,
+    number,
     require,
     require_convolution,
     require_pixels,
@@ -23,7 +24,13 @@ from .pyramid_spatial_attention_kernels import has_conv_pool_conv, is_native, sa
 
 
 def require_slope(op: str, negative_slope: float) -> None:
-    require(negative_slope >= 0, op, "negative_slope", "at least 0", negative_slope)
+    require(
+        number(op, "negative_slope", negative_slope) >= 0,
+        op,
+        "negative_slope",
+        "at least 0",
+        negative_slope,
+    )
 
 
 def _low(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -198,6 +205,7 @@ def spatial_gate(
     shape = (input.shape[1], input.shape[1], 1, 1)
     require_convolution(op, mask, {"weight": weight, "bias": bias}, shape, "(C, C, 1, 1)")
     require(mask_from in ("m", "feature"), op, "mask_from", "'m' or 'feature'", repr(mask_from))
+    scale = number(op, "scale", scale)
     require_slope(op, negative_slope)
     if not is_native(input):
         return reference.spatial_gate(input, mask, weight, bias, scale, negative_slope, mask_from)
@@ -206,5 +214,5 @@ def spatial_gate(
     if wide != narrow and (wide != torch.float32 or narrow == torch.float64):
         dtype = torch.promote_types(wide, narrow)
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-    options = float(scale), float(negative_slope), mask_from == "feature"
+    options = scale, float(negative_slope), mask_from == "feature"
     return _native.call(op, tensors, options)

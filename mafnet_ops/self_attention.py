@@ -14,6 +14,7 @@ from . import _library, reference, self_attention_triton
 from ._autograd import fold, jvp_by_vjp, unfold, without_missing
 from ._checks import (
     autocast_dtype,
+    number,
     pair,
     require,
     require_same_device,
@@ -72,12 +73,13 @@ def self_attention(
         require_same_dtype(_OP, "query", tensors)
     else:
         query, key, value = query.to(low), key.to(low), value.to(low)
+    scale = number(_OP, "scale", scale)
     options = _check(query, key, value, window, image_size)
     if not _has_kernels(query, key, value):
         return _reference(scale, options)(query, key, value)
     # Dynamo refuses a Function with a custom jvp and has no use for one.
     function = _SelfAttention if torch.compiler.is_compiling() else _SelfAttentionWithJvp
-    output: Tensor = function.apply(query, key, value, float(scale), options)[0]
+    output: Tensor = function.apply(query, key, value, scale, options)[0]
     return output
 
 
@@ -104,7 +106,8 @@ def _check(
     require(depth > 0, _OP, "query", "D_qk of at least 1", depth)
     if window is None:
         return ()
-    require(window >= 1, _OP, "window", "None or an int >= 1", window)
+    whole = isinstance(window, (int, torch.SymInt)) and window >= 1
+    require(whole, _OP, "window", "None or an int >= 1", window)
     require(image_size is not None, _OP, "image_size", "(H, W) with window", None)
     assert image_size is not None
     size = pair(_OP, "image_size", image_size, 1)

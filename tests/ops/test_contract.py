@@ -411,6 +411,7 @@ def _wrong(contract: Contract) -> Iterator[tuple[str, list[Any], type[Exception]
             ("complex dtype", tensor.to(torch.complex64), TypeError),
             ("dimensions", tensor.unsqueeze(0), ValueError),
             ("device", tensor.to("meta"), ValueError),
+            ("layout", tensor.to_sparse(), ValueError),
         ):
             yield f"argument {i}, {what}", [*tensors[:i], value, *tensors[i + 1 :]], kind
 
@@ -424,6 +425,34 @@ def test_errors(contract: Contract) -> None:
         with pytest.raises(kind) as caught:
             contract.call(*arguments)
         assert message.fullmatch(str(caught.value)), f"{what}: {caught.value}"
+
+
+@pytest.mark.parametrize("wrong", ["text", [1], {}], ids=str)
+@pytest.mark.parametrize(
+    ("op", "argument"),
+    [
+        ("flow_warp", "interpolation"),
+        ("deform_align", "max_residue_magnitude"),
+        ("self_attention", "scale"),
+        ("self_attention", "window"),
+        ("pyramid_spatial_attention", "negative_slope"),
+    ],
+)
+def test_errors_of_options(op: str, argument: str, wrong: object) -> None:
+    contract = next(c for c in CONTRACTS if c.op == op)
+    tensors: list[Any] = contract.tensors(1, SIZE, torch.float32, "cpu")
+    if op == "pyramid_spatial_attention":
+        tensors = [tensors[0], tensors[1:9], tensors[9:]]
+    with pytest.raises((TypeError, ValueError), match=f"^{op}: {argument}: expected .*, got "):
+        getattr(mafnet_ops, op)(*tensors, **{argument: wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"groups": 0}, {"in_channels": 0}, {"out_channels": 0}])
+def test_errors_of_a_module(wrong: dict[str, int]) -> None:
+    sizes = {"in_channels": 4, "out_channels": 4, **wrong}
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^modulated_deform_conv2d: {name}: expected .*, got 0$"):
+        mafnet_ops.ModulatedDeformConv2d(**sizes)
 
 
 @pytest.mark.parametrize(
