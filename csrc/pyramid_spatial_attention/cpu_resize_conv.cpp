@@ -191,7 +191,7 @@ class Strip {
                           from.size(), products_.data(), product_.columns(), scratch_.data());
     }
     const Row<A> pixels = rows_of(p_.input, n, i, from.begin, from.size(), p_.width, p_.channels,
-                                  pixels_.data(), plan_.depth);
+                                  p_.channels, pixels_.data(), plan_.depth);
     product_.set(pixels.data, pixels.stride, from.size(), products_.data(), product_.columns(),
                  scratch_.data());
   }
