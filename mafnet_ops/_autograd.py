@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import inspect
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def empty_like_input(input: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(
         shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
     )
+
+
+def keep_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``Function.apply`` asks for the signature of ``forward`` at every call; found anew it takes longer than the call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def jvp_by_vjp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:

@@ -30,19 +30,16 @@ def require_tensor(op: str, argument: str, value: object, dims: int) -> None:
         raise TypeError(
             f"{op}: {argument}: expected dtype float64, float32, float16 or bfloat16, got {value.dtype}"
         )
-    require(value.layout == torch.strided, op, argument, "a dense tensor", str(value.layout))
-    require(value.dim() == dims, op, argument, f"{dims} dimensions", f"shape {tuple(value.shape)}")
+    if value.layout != torch.strided:
+        require(False, op, argument, "a dense tensor", str(value.layout))
+    if value.dim() != dims:
+        require(False, op, argument, f"{dims} dimensions", f"shape {tuple(value.shape)}")
 
 
 def require_shape(op: str, argument: str, value: Tensor, shape: Sequence[int], why: str) -> None:
     """Raise ``ValueError`` unless ``value`` has exactly ``shape``; ``why`` spells the shape in names."""
-    require(
-        tuple(value.shape) == tuple(shape),
-        op,
-        argument,
-        f"{why} = {tuple(shape)}",
-        tuple(value.shape),
-    )
+    if tuple(value.shape) != tuple(shape):
+        require(False, op, argument, f"{why} = {tuple(shape)}", tuple(value.shape))
 
 
 def require_same_device(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
@@ -69,8 +66,8 @@ def require_same_dtype(op: str, first: str, tensors: dict[str, Tensor | None]) -
 
 def require_pixels(op: str, argument: str, value: Tensor) -> None:
     """Raise ``ValueError`` for a map without rows or columns."""
-    height_and_width = min(value.shape[2:]) > 0
-    require(height_and_width, op, argument, "H and W of at least 1", tuple(value.shape))
+    if min(value.shape[2:]) <= 0:
+        require(False, op, argument, "H and W of at least 1", tuple(value.shape))
 
 
 def require_convolution(

@@ -12,8 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ._autograd import Optional, fold_images, jvp_by_vjp, select, unfold, without_missing
+from ._autograd import (
+    Optional,
+    fold_images,
+    jvp_by_vjp,
+    keep_signature,
+    select,
+    unfold,
+    without_missing,
+)
 
 Options = tuple[Any, ...]
 
@@ -43,14 +52,25 @@ OPS: dict[str, NativeOp] = {}
 def call(name: str, tensors: tuple[Optional, ...], options: Options = ()) -> Tensor:
     """Run the native op ``name``, differentiably."""
     # Dynamo refuses a Function with a custom jvp and has no use for one.
-    function = _Forward if torch.compiler.is_compiling() else _ForwardWithJvp
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_watched(tensors):
+        return OPS[name].forward(*tensors, *options)
+    function = _Forward if compiling else _ForwardWithJvp
     return function.apply(name, options, *tensors, *(None,) * (5 - len(tensors)))
+
+
+def _is_watched(tensors: tuple[Optional, ...]) -> bool:
+    """Whether autograd, forward mode or torch.func must see the call; a Function takes longer than a small map."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Forward(torch.autograd.Function):
     """(name, options, five tensors or None) -> output. Dynamo tells a context by the number of arguments."""
 
     @staticmethod
+    @keep_signature
     def forward(
         name: str,
         options: Options,
@@ -120,7 +140,7 @@ def _run_backward(
 class _Backward(torch.autograd.Function):
     """The raw backward op, whose own gradient goes through the reference; ``output`` follows from the tensors."""
 
-    forward = staticmethod(_run_backward)
+    forward = staticmethod(keep_signature(_run_backward))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

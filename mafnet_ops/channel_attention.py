@@ -112,7 +112,8 @@ def _on_one_pixel(
 ) -> tuple[Tensor, Tensor | None]:
     """The layer of a convolution that reads one pixel and zeros around it."""
     centre = weight.shape[-1] // 2
-    return weight[:, :, centre, centre].to(dtype), None if bias is None else bias.to(dtype)
+    matrix = weight[:, :, centre, centre] if centre else weight.flatten(1)
+    return matrix.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _channel_scale(input: Tensor, gate: Tensor) -> Tensor:
@@ -163,11 +164,11 @@ class ChannelAttention(nn.Module):
 _SCHEMAS = (
     "channel_statistics_forward(Tensor input) -> Tensor",
     "channel_statistics_backward(Tensor grad_output, Tensor input, Tensor statistics) -> Tensor",
+    "channel_scale_forward(Tensor input, Tensor gate) -> Tensor",
     "channel_scale_backward(Tensor grad_output, Tensor input, Tensor gate, bool need_input, bool need_gate) "
     "-> (Tensor, Tensor)",
 )
-_SCALE = "channel_scale_forward(Tensor input, Tensor gate) -> Tensor"  # on CUDA only
-for _schema in (*_SCHEMAS, _SCALE):
+for _schema in _SCHEMAS:
     _library.LIBRARY.define(_schema)
 _NATIVE_DEVICES = _library.register_op(
     _OP, tuple(s.partition("(")[0] for s in _SCHEMAS), parts=("channel_statistics",)
@@ -214,13 +215,6 @@ def _statistics_backward(
     return (torch.ops.mafnet_ops.channel_statistics_backward(grad, tensors[0], output),)
 
 
-def _scale_forward(input: Tensor, gate: Tensor) -> Tensor:
-    """On the CPU a product of PyTorch's is at the speed of the memory, on CUDA it moves no 16 bytes at a time."""
-    if input.is_cuda:
-        return torch.ops.mafnet_ops.channel_scale_forward(input, gate)
-    return reference.channel_scale(input, gate)
-
-
 def _scale_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.channel_scale_backward(grad, *tensors, *needs)
 
@@ -233,5 +227,9 @@ _native.OPS["channel_statistics"] = _native.NativeOp(
     (0,),
 )
 _native.OPS["channel_scale"] = _native.NativeOp(
-    _scale_forward, _scale_backward, reference.channel_scale, 2, (0, 1)
+    torch.ops.mafnet_ops.channel_scale_forward,
+    _scale_backward,
+    reference.channel_scale,
+    2,
+    (0, 1),
 )

@@ -110,24 +110,23 @@ Tensor channel_statistics_backward(const Tensor& grad_output, const Tensor& inpu
 
 // --------------------------------------------------------------------------------- channel_scale
 
-#if defined(MAFNET_CUDA_LIBRARY)
 Tensor channel_scale_forward(const Tensor& input, const Tensor& gate) {
   constexpr const char* kOp = "channel_scale";
   ChannelScaleParams p{};
   p.images = images_of(kOp, input);
   check_like<2>(kOp, "gate", gate, input, {input.size(0), input.size(1)});
   DeviceScope scope(input);
+  const Tensor read = as_read(input, input);
   const Tensor gates = torch::stable::contiguous(gate);
   Tensor output = map_like(input);
-  p.input = input.const_data_ptr();
+  p.input = read.const_data_ptr();
   p.gate = gates.const_data_ptr();
   p.output = output.mutable_data_ptr();
-  copy_strides(input, p.input_stride);
+  copy_strides(read, p.input_stride);
   copy_strides(output, p.output_stride);
   check_launch(kOp, launch_channel_scale_forward(p, scope.stream()));
   return output;
 }
-#endif
 
 std::tuple<Tensor, Tensor> channel_scale_backward(const Tensor& grad_output, const Tensor& input,
                                                   const Tensor& gate, bool need_input,
@@ -165,9 +164,7 @@ std::tuple<Tensor, Tensor> channel_scale_backward(const Tensor& grad_output, con
 MAFNET_LIBRARY_IMPL(module) {
   module.impl("channel_statistics_forward", TORCH_BOX(&channel_statistics_forward));
   module.impl("channel_statistics_backward", TORCH_BOX(&channel_statistics_backward));
-#if defined(MAFNET_CUDA_LIBRARY)
   module.impl("channel_scale_forward", TORCH_BOX(&channel_scale_forward));
-#endif
   module.impl("channel_scale_backward", TORCH_BOX(&channel_scale_backward));
 }
 

@@ -12,6 +12,7 @@
 #include "common/fresh_memory.h"
 #include "common/parallel.h"
 #include "common/pixels.h"
+#include "common/stored.h"
 #include "common/vectors.h"
 
 namespace mafnet {
@@ -97,27 +98,41 @@ struct Cut {
   int block, width;  // pixels of a block at most; values per channel of a task
 };
 
-// The value of the channel of element (i, c): one for a whole plane.
-template <bool kPlanes, typename V, typename A>
-MAFNET_INLINE V value_of(const A* values, int c) {
-  if constexpr (kPlanes) {
-    return values[0] - V{};  // x - 0 is x for every x
-  } else {
-    return load<V>(values + c);
-  }
-}
+// The values of the channels of a block: of a plane one, kept where no store can change it.
+template <bool kPlanes, typename A>
+class BlockValues {
+ public:
+  explicit BlockValues(const A* values) : values_(values), first_(values[0]) {}
 
-// body(Type<V>{}, element, c) for all elements of a block.
+  // Of the channels of a vector that begins with channel c.
+  template <typename V>
+  MAFNET_INLINE V at(int c) const {
+    if constexpr (kPlanes) {
+      return first_ - V{};  // x - 0 is x for every x
+    } else {
+      return load<V>(values_ + c);
+    }
+  }
+
+ private:
+  const A* values_;
+  A first_;
+};
+
+// body(Type<V>{}, element, c) for all elements of a block. What body captures by value stays in
+// registers: stores of vectors might change anything in memory.
 template <bool kPlanes, typename A, typename Body>
 void for_elements(int pixels, int channels, const Body& body) {
   with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
     using L = decltype(level);
+    const Body own = body;
+    const int count = pixels, width = channels;
     if constexpr (kPlanes) {
-      for_channels<L, A>(pixels, [&](auto type, int i) MAFNET_INLINE_LAMBDA { body(type, i, 0); });
+      for_channels<L, A>(count, [&](auto type, int i) MAFNET_INLINE_LAMBDA { own(type, i, 0); });
     } else {
-      for (int i = 0; i < pixels; ++i) {
-        for_channels<L, A>(channels, [&](auto type, int c)
-                                         MAFNET_INLINE_LAMBDA { body(type, i * channels + c, c); });
+      for (int i = 0; i < count; ++i) {
+        for_channels<L, A>(
+            width, [&](auto type, int c) MAFNET_INLINE_LAMBDA { own(type, i * width + c, c); });
       }
     }
   });
@@ -186,10 +201,10 @@ class Totals {
   explicit Totals(const Cut<kPlanes>& cut)
       : cut_(cut), sums_(static_cast<size_t>(cut.tasks * cut.width)) {}
 
+  double* at(int64_t task) { return sums_.data() + task * cut_.width; }
   template <typename A>
   void add(int64_t task, const A* block) {
-    double* sums = sums_.data() + task * cut_.width;
-    for (int c = 0; c < cut_.width; ++c) sums[c] += static_cast<double>(block[c]);
+    for (int c = 0; c < cut_.width; ++c) at(task)[c] += static_cast<double>(block[c]);
   }
   double of(int64_t n, int c) const {
     if (kPlanes) return sums_.data()[n * cut_.channels + c];
@@ -205,12 +220,107 @@ class Totals {
   Buffer<double> sums_;
 };
 
-template <typename A>
-bool has_nan(const A* x, int stride, int count) {
+// Sums and maxima of kColumns vectors V over rows of a block; several are under way at a time.
+template <typename V, int kColumns, typename A, typename T>
+MAFNET_INLINE void sum_and_max(const T* x, int rows, int64_t stride, A* sums, A* maxima) {
+  constexpr int kChains = 4, kRows = kChains / kColumns, kLanes = sizeof(V) / sizeof(A);
+  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  V sum[kChains], best[kChains];
+#pragma GCC unroll 4
+  for (int k = 0; k < kChains; ++k) {
+    sum[k] = V{};
+    best[k] = kLowest - V{};
+  }
+  const auto add = [&](int row, int column, int chain) MAFNET_INLINE_LAMBDA {
+    const V v = load_stored<V>(x + row * stride + column * kLanes);
+    sum[chain] += v;
+    best[chain] = Larger{}(best[chain], v);
+  };
+  int i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kChains; ++k) add(i + k / kColumns, k % kColumns, k);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kChains - kColumns; ++k) {
+    if (i + k / kColumns < rows) add(i + k / kColumns, k % kColumns, k);
+  }
+#pragma GCC unroll 2
+  for (int half = kChains / 2; half >= kColumns; half /= 2) {
+#pragma GCC unroll 2
+    for (int k = 0; k < half; ++k) {
+      sum[k] += sum[k + half];
+      best[k] = Larger{}(best[k], best[k + half]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kColumns; ++k) {
+    store<V>(sums + k * kLanes, sum[k]);
+    store<V>(maxima + k * kLanes, best[k]);
+  }
+}
+
+template <typename T>
+bool has_nan(const T* x, int stride, int count) {
   for (int i = 0; i < count; ++i) {
     if (x[int64_t{i} * stride] != x[int64_t{i} * stride]) return true;
   }
   return false;
+}
+
+// Adds the sums of a block to `totals` and puts its maxima into best, in one pass; block has room
+// for two values per channel.
+template <bool kPlanes, typename A, typename T>
+void add_statistics(const T* x, int pixels, int channels, A* block, double* totals, A* best) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    using L = decltype(level);
+    constexpr int kLanes = L::kBytes / sizeof(A);
+    using V = VectorOf<A, kLanes>;
+    const int width = kPlanes ? 1 : channels;
+    A *sums = block, *maxima = block + width;
+    if constexpr (kPlanes) {
+      constexpr int kMostRows = 4 * kBlockPixels;  // which make four sums of kBlockPixels each
+      const int rows = pixels / kLanes;
+      V sum{}, most = -std::numeric_limits<A>::infinity() - V{};
+      for (int row = 0; row < rows; row += kMostRows) {
+        A lanes[2][kLanes];
+        sum_and_max<V, 1>(x + row * kLanes, std::min(rows - row, kMostRows), kLanes, lanes[0],
+                          lanes[1]);
+        sum += load<V>(lanes[0]);
+        most = Larger{}(most, load<V>(lanes[1]));
+      }
+      sums[0] = fold<A>(sum, Plus{});
+      maxima[0] = fold<A>(most, Larger{});
+      for (int i = rows * kLanes; i < pixels; ++i) {
+        sums[0] += static_cast<A>(x[i]);
+        maxima[0] = Larger{}(maxima[0], static_cast<A>(x[i]));
+      }
+    } else {
+      int c = 0;  // four vectors at a time read whole pixels of the usual 64 channels
+      for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
+        sum_and_max<V, 4>(x + c, pixels, channels, sums + c, maxima + c);
+      }
+      for_channels<L, A>(channels - c, [&](auto type, int more) MAFNET_INLINE_LAMBDA {
+        using Some = typename decltype(type)::type;
+        const int at = c + more;
+        sum_and_max<Some, 1>(x + at, pixels, channels, sums + at, maxima + at);
+      });
+    }
+    bool nan = false;
+    for (int c = 0; c < width; ++c) {
+      totals[c] += static_cast<double>(sums[c]);
+      best[c] = Larger{}(best[c], maxima[c]);  // a NaN stays
+      nan |= sums[c] != sums[c];
+    }
+    // Only where a sum is NaN there may be one to find: looking for it in every block would cost
+    // more than the maximum itself.
+    if (!nan) return;
+    for (int c = 0; c < width; ++c) {
+      if (sums[c] != sums[c] && has_nan(x + c, width, pixels)) {
+        best[c] = std::numeric_limits<A>::quiet_NaN();
+      }
+    }
+  });
 }
 
 template <bool kPlanes, typename A>
@@ -222,27 +332,20 @@ void statistics_forward(const ChannelStatisticsParams& p) {
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
   std::fill_n(maxima.data(), maxima.size(), kLowest);
   parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
-    Buffer<A> buffer(static_cast<size_t>(cut.block) * cut.width, false);
     const size_t width = static_cast<size_t>(cut.width);
-    Buffer<A> sums(width, false), maxima_of_block(width, false);
+    Buffer<A> buffer(cut.block * width, false), sums(2 * width, false);
     for (int64_t task = begin; task < end; ++task) {
       A* best = maxima.data() + task * cut.width;
       cut.for_blocks(task, [&](int64_t first, int pixels) {
-        const A* x = read_run(p.input, images.dtype, first, pixels * cut.width, buffer.data());
-        const auto element = [x](auto type, int i, int) MAFNET_INLINE_LAMBDA {
-          return load<typename decltype(type)::type>(x + i);
+        const auto add = [&](const auto* x) {
+          add_statistics<kPlanes>(x, pixels, cut.channels, sums.data(), totals.at(task), best);
         };
-        fold_block<kPlanes>(pixels, cut.channels, A{0}, sums.data(), element, Plus{});
-        totals.add(task, sums.data());
-        fold_block<kPlanes>(pixels, cut.channels, kLowest, maxima_of_block.data(), element,
-                            Larger{});
-        for (int c = 0; c < cut.width; ++c) {
-          // Only where a sum is NaN there may be one to find: looking for it in every block would
-          // cost more than the maximum itself.
-          const bool nan = sums.data()[c] != sums.data()[c] && has_nan(x + c, cut.width, pixels);
-          const A larger = Larger{}(best[c], maxima_of_block.data()[c]);
-          best[c] = nan ? std::numeric_limits<A>::quiet_NaN() : larger;
+        if constexpr (sizeof(A) == 4) {
+          if (images.dtype == Dtype::kBFloat16) {
+            return add(static_cast<const torch::headeronly::BFloat16*>(p.input) + first);
+          }
         }
+        add(read_run(p.input, images.dtype, first, pixels * cut.width, buffer.data()));
       });
     }
   });
@@ -280,13 +383,13 @@ void statistics_backward(const ChannelStatisticsParams& p) {
     Buffer<A> buffer(static_cast<size_t>(cut.block) * cut.width, false);
     Buffer<A> block(static_cast<size_t>(cut.width), false);
     for (int64_t task = begin; task < end; ++task) {
-      const A* best = maxima.at(cut.value_at(task));
+      const BlockValues<kPlanes, A> best(maxima.at(cut.value_at(task)));
       cut.for_blocks(task, [&](int64_t first, int pixels) {
         const A* x = read_run(p.input, images.dtype, first, pixels * cut.width, buffer.data());
         const auto wins = [x, best](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
           using V = typename decltype(type)::type;
           const V one = V{} + A{1}, none = V{};
-          return (load<V>(x + i) == value_of<kPlanes, V>(best, c)) ? one : none;
+          return (load<V>(x + i) == best.template at<V>(c)) ? one : none;
         };
         fold_block<kPlanes>(pixels, cut.channels, A{0}, block.data(), wins, Plus{});
         winners.add(task, block.data());
@@ -311,19 +414,70 @@ void statistics_backward(const ChannelStatisticsParams& p) {
     Buffer<A> buffer(size, false), results(size, false);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t at = cut.value_at(task);
-      const A *best = maxima.at(at), *share = shares.data() + at, *rest = rests.data() + at;
+      const BlockValues<kPlanes, A> best(maxima.at(at)), share(shares.data() + at);
+      const BlockValues<kPlanes, A> rest(rests.data() + at);
       cut.for_blocks(task, [&](int64_t first, int pixels) {
         const int count = pixels * cut.width;
         const A* x = read_run(p.input, images.dtype, first, count, buffer.data());
         A* grad = begin_run(p.grad_input, images.dtype, first, results.data());
         for_elements<kPlanes, A>(
-            pixels, cut.channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+            pixels, cut.channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
               using V = typename decltype(type)::type;
-              const V largest = value_of<kPlanes, V>(best, c), won = value_of<kPlanes, V>(share, c);
-              const V lost = value_of<kPlanes, V>(rest, c);
-              store<V>(grad + i, (load<V>(x + i) == largest) ? won : lost);
+              const V won = share.template at<V>(c), lost = rest.template at<V>(c);
+              store<V>(grad + i, (load<V>(x + i) == best.template at<V>(c)) ? won : lost);
             });
         finish_run(grad, count, p.grad_input, images.dtype, first);
+      });
+    }
+  });
+}
+
+// T is how elements are stored, A or BFloat16.
+template <bool kPlanes, typename A, typename T>
+void scale_run(const T* x, const BlockValues<kPlanes, A>& gate, int pixels, int channels, T* out,
+               bool around) {
+  const auto run = [&](const auto& put) {
+    for_elements<kPlanes, A>(pixels, channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      put(out + i, V(load_stored<V>(x + i) * gate.template at<V>(c)));
+    });
+  };
+  if (around) {
+    run([](T* p, const auto& v) MAFNET_INLINE_LAMBDA { store_around(p, v); });
+  } else {
+    run([](T* p, const auto& v) MAFNET_INLINE_LAMBDA { store_stored(p, v); });
+  }
+}
+
+template <bool kPlanes, typename A>
+void scale_forward(const ChannelScaleParams& p) {
+  using torch::headeronly::BFloat16;
+  const ChannelImages& images = p.images;
+  const Cut<kPlanes> cut(images);
+  const PerChannel<A> gates(images, p.gate, 0, cut.channels);
+  const int64_t bytes = element_bytes(images.dtype);
+  const bool exists = prepare_output(p.output, images.batch * cut.channels * cut.pixels * bytes);
+  const int64_t run = (kPlanes ? cut.pixels : cut.channels) * bytes;
+  const bool around = exists && (reinterpret_cast<uintptr_t>(p.output) | run) % 64 == 0;
+  parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
+    Buffer<A> buffer(static_cast<size_t>(cut.block) * cut.width, false);
+    for (int64_t task = begin; task < end; ++task) {
+      const BlockValues<kPlanes, A> gate(gates.at(cut.value_at(task)));
+      cut.for_blocks(task, [&](int64_t first, int pixels) {
+        const auto scale = [&](const auto* x, auto* out, bool past) {
+          scale_run<kPlanes>(x, gate, pixels, cut.channels, out, past);
+        };
+        if constexpr (sizeof(A) == 4) {
+          if (images.dtype == Dtype::kBFloat16) {
+            return scale(static_cast<const BFloat16*>(p.input) + first,
+                         static_cast<BFloat16*>(p.output) + first, around);
+          }
+        }
+        const int count = pixels * cut.width;
+        const A* x = read_run(p.input, images.dtype, first, count, buffer.data());
+        A* out = begin_run(p.output, images.dtype, first, buffer.data());
+        scale(x, out, around && out != buffer.data());
+        finish_run(out, count, p.output, images.dtype, first);
       });
     }
   });
@@ -344,7 +498,7 @@ void scale_backward(const ChannelScaleParams& p) {
     Buffer<A> buffer(size, false), grads(size, false), results(size, false);
     Buffer<A> block(static_cast<size_t>(cut.width), false);
     for (int64_t task = begin; task < end; ++task) {
-      const A* gate = gates.at(cut.value_at(task));
+      const BlockValues<kPlanes, A> gate(gates.at(cut.value_at(task)));
       cut.for_blocks(task, [&](int64_t first, int pixels) {
         const int count = pixels * cut.width;
         const A* grad = read_run(p.grad_output, images.dtype, first, count, grads.data());
@@ -359,11 +513,11 @@ void scale_backward(const ChannelScaleParams& p) {
         }
         if (p.grad_input == nullptr) return;
         A* out = begin_run(p.grad_input, images.dtype, first, results.data());
-        for_elements<kPlanes, A>(
-            pixels, cut.channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
-              using V = typename decltype(type)::type;
-              store<V>(out + i, load<V>(grad + i) * value_of<kPlanes, V>(gate, c));
-            });
+        for_elements<kPlanes, A>(pixels, cut.channels,
+                                 [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+                                   using V = typename decltype(type)::type;
+                                   store<V>(out + i, load<V>(grad + i) * gate.template at<V>(c));
+                                 });
         finish_run(out, count, p.grad_input, images.dtype, first);
       });
     }
@@ -406,6 +560,12 @@ int launch_channel_statistics_forward(const ChannelStatisticsParams& p, void*) {
 int launch_channel_statistics_backward(const ChannelStatisticsParams& p, void*) {
   return dispatch(p.images, [&](auto planes, auto a) {
     statistics_backward<decltype(planes)::value, decltype(a)>(p);
+  });
+}
+
+int launch_channel_scale_forward(const ChannelScaleParams& p, void*) {
+  return dispatch(p.images, [&](auto planes, auto a) {
+    scale_forward<decltype(planes)::value, decltype(a)>(p);
   });
 }
 

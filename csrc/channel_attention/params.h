@@ -37,8 +37,9 @@ struct ChannelScaleParams {
   ChannelImages images;
   const void *grad_output, *input, *gate;
   void *grad_input, *grad_gate;  // null where not wanted
+  void* output;                  // forward
 
-  void* output;  // CUDA only, as below
+  // CUDA only, as below
   int64_t input_stride[4], grad_output_stride[4], grad_input_stride[4], output_stride[4];
   void* workspace;  // channel_scale_workspace bytes
 };
@@ -50,7 +51,6 @@ int64_t channel_scale_workspace(const ChannelScaleParams& params);
 // Each returns 0 or a CUDA error; stream is a cudaStream_t, unused on the CPU.
 int launch_channel_statistics_forward(const ChannelStatisticsParams& params, void* stream);
 int launch_channel_statistics_backward(const ChannelStatisticsParams& params, void* stream);
-// On CUDA only; elsewhere it is a product of PyTorch's.
 int launch_channel_scale_forward(const ChannelScaleParams& params, void* stream);
 int launch_channel_scale_backward(const ChannelScaleParams& params, void* stream);
 

@@ -25,24 +25,49 @@ MAFNET_INLINE V load_stored(const torch::headeronly::BFloat16* p) {
   }
 }
 
-template <typename V, typename A>
-MAFNET_INLINE void store_stored(A* p, const V& v) {
-  store<V>(p, v);
-}
-
-// Rounds to the nearest, ties to even, as the scalar conversion does.
-template <typename V>
-MAFNET_INLINE void store_stored(torch::headeronly::BFloat16* p, const V& v) {
-  if constexpr (std::is_same_v<V, float>) {
-    *p = static_cast<torch::headeronly::BFloat16>(v);
+// A vector as elements of type T. Rounds to the nearest, ties to even, as the scalar conversion
+// does.
+template <typename T, typename V>
+MAFNET_INLINE auto to_stored(const V& v) {
+  if constexpr (!std::is_same_v<T, torch::headeronly::BFloat16>) {
+    return v;
+  } else if constexpr (std::is_same_v<V, float>) {
+    return static_cast<T>(v);
   } else {
     constexpr int kLanes = sizeof(V) / sizeof(float);
     using Bits = VectorOf<uint32_t, kLanes>;
     const Bits bits = load<Bits>(&v), nan = Bits{} + 0x7fc0u;
     const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const Bits kept = (v != v) ? nan : rounded;
-    store(p, __builtin_convertvector(kept, VectorOf<uint16_t, kLanes>));
+    return __builtin_convertvector(kept, VectorOf<uint16_t, kLanes>);
   }
+}
+
+template <typename V, typename T>
+MAFNET_INLINE void store_stored(T* p, const V& v) {
+  const auto elements = to_stored<T>(v);
+  std::memcpy(static_cast<void*>(p), &elements, sizeof(elements));
+}
+
+// The same around the caches, where that may be: p is aligned to the elements, and neighbours up to
+// whole lines follow at once. Intrinsics cannot stand here, in what several levels inline.
+template <typename V, typename T>
+MAFNET_INLINE void store_around(T* p, const V& v) {
+#if defined(__x86_64__)
+  const auto elements = to_stored<T>(v);
+  auto* to = reinterpret_cast<VectorOf<char, sizeof(elements)>*>(p);
+  if constexpr (sizeof(elements) == 64) {
+    asm volatile("vmovntps %1, %0" : "=m"(*to) : "v"(elements));
+  } else if constexpr (sizeof(elements) == 32) {
+    asm volatile("vmovntps %1, %0" : "=m"(*to) : "x"(elements));
+  } else if constexpr (sizeof(elements) == 16) {
+    asm volatile("movntps %1, %0" : "=m"(*to) : "x"(elements));
+  } else {
+    store_stored<V>(p, v);
+  }
+#else
+  store_stored<V>(p, v);
+#endif
 }
 
 }  // namespace mafnet

@@ -314,6 +314,7 @@ CONTRACTS = (
                 tensors[0],
                 reference.channel_statistics(tensors[0]),
             ),
+            "channel_scale_forward": lambda tensors: (tensors[0], tensors[0][:, :, 0, 0]),
             "channel_scale_backward": lambda tensors: (
                 *(tensors[0] + 1, tensors[0], tensors[0][:, :, 0, 0]),
                 *(True, True),
