@@ -190,7 +190,7 @@ struct Plus {
 struct Larger {
   template <typename V>
   MAFNET_INLINE V operator()(const V& a, const V& b) const {
-    return (b > a) ? b : a;
+    return larger_of(a, b);
   }
 };
 
@@ -443,9 +443,9 @@ void scale_run(const T* x, const BlockValues<kPlanes, A>& gate, int pixels, int 
     });
   };
   if (around) {
-    run([](T* p, const auto& v) MAFNET_INLINE_LAMBDA { store_around(p, v); });
+    run(StoreAround{});
   } else {
-    run([](T* p, const auto& v) MAFNET_INLINE_LAMBDA { store_stored(p, v); });
+    run(Store{});
   }
 }
 

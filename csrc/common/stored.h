@@ -70,4 +70,18 @@ MAFNET_INLINE void store_around(T* p, const V& v) {
 #endif
 }
 
+// The two as arguments of loops.
+struct Store {
+  template <typename T, typename V>
+  MAFNET_INLINE void operator()(T* p, const V& v) const {
+    store_stored<V>(p, v);
+  }
+};
+struct StoreAround {
+  template <typename T, typename V>
+  MAFNET_INLINE void operator()(T* p, const V& v) const {
+    store_around<V>(p, v);
+  }
+};
+
 }  // namespace mafnet

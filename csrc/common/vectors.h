@@ -66,6 +66,33 @@ MAFNET_INLINE void store(A* p, const V& v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// b where it is larger (smaller), else a: a NaN in b is passed over, one in a stays. In one
+// instruction, where GCC makes two of the comparison.
+#if defined(__x86_64__)
+#define MAFNET_MINMAX(name, instruction, sign)                            \
+  template <typename V>                                                   \
+  MAFNET_INLINE V name(const V& a, const V& b) {                          \
+    V result = a;                                                         \
+    if constexpr (std::is_same_v<V, VectorOf<float, 16>>) {               \
+      asm("v" instruction " %1, %2, %0" : "=v"(result) : "v"(a), "v"(b)); \
+    } else if constexpr (std::is_same_v<V, VectorOf<float, 8>>) {         \
+      asm("v" instruction " %1, %2, %0" : "=x"(result) : "x"(a), "x"(b)); \
+    } else {                                                              \
+      result = (b sign a) ? b : a;                                        \
+    }                                                                     \
+    return result;                                                        \
+  }
+#else
+#define MAFNET_MINMAX(name, instruction, sign)   \
+  template <typename V>                          \
+  MAFNET_INLINE V name(const V& a, const V& b) { \
+    return (b sign a) ? b : a;                   \
+  }
+#endif
+MAFNET_MINMAX(larger_of, "maxps", >)
+MAFNET_MINMAX(smaller_of, "minps", <)
+#undef MAFNET_MINMAX
+
 // Calls body(Type<V>{}, c) for the channels c, c + 1, ... that one vector V holds, the widest
 // first; what is left goes one by one, with A for V.
 template <typename L, typename A, typename Body>

@@ -19,46 +19,42 @@ struct BitsOf<float> {
 
 constexpr int kBlock = 96;  // pixels whose rows of 64 channels fit the second cache several times
 
-// exp(x) to 2 units in the last place, V is float or a vector of floats: 2^n by the bits of a
-// float, e^r by a polynomial of degree 6 on |r| <= ln(2) / 2. From 89 on infinite, never below
-// e^-87.
+// factor / (1 + exp(-x)), V is float or a vector of floats. exp to 2 units in the last place: 2^n
+// by the bits of a float, e^r by a polynomial on |r| <= ln(2) / 2 whose relative error is the
+// least. From -89 on down 0, as exp is infinite there; exp is never below e^-87.
 template <typename V>
-MAFNET_INLINE V exponential(const V& x, float) {
+MAFNET_INLINE V sigmoid(const V& x, float factor) {
   using Bits = typename BitsOf<V>::type;
-  const V highest = V{} + 89.0f, lowest = V{} - 87.0f;
-  const V capped = (x > highest) ? highest : x;  // NaN stays
-  const V clamped = (capped < lowest) ? lowest : capped;
+  const V lowest = V{} - 89.0f, highest = V{} + 87.0f, one = V{} + 1.0f;
+  const V minus = -smaller_of(larger_of(x, lowest), highest);  // NaN stays
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const V shifted = clamped * 1.44269504f + kMagic;
+  const V shifted = minus * 1.44269504f + kMagic;
   const V n = shifted - kMagic;
-  const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
-  V sum = r * (1.0f / 720) + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * r * r + r + 1.0f;
+  const V r = (minus - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
+  V sum = r * 0.008312501f + 0.04189033f;
+  sum = sum * r + 0.16667116f;
+  sum = sum * r + 0.4999923f;
+  sum = sum * r + one;
+  sum = sum * r + one;
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + 127u) << 23;
   V scale;
   std::memcpy(&scale, &bits, sizeof(bits));
-  return sum * scale;
+  return factor / (sum * scale + one);
 }
 
 template <typename V>
-MAFNET_INLINE V exponential(const V& x, double) {
+MAFNET_INLINE V sigmoid(const V& x, double factor) {
   if constexpr (std::is_same_v<V, double>) {
-    return std::exp(x);
+    return factor / (1 + std::exp(-x));
   } else {
     V result = x;
-    for (size_t i = 0; i < sizeof(V) / sizeof(double); ++i) result[i] = std::exp(x[i]);
+    for (size_t i = 0; i < sizeof(V) / sizeof(double); ++i) {
+      result[i] = factor / (1 + std::exp(-x[i]));
+    }
     return result;
   }
-}
-
-template <typename V, typename A>
-MAFNET_INLINE V sigmoid(const V& x, A accumulator) {
-  return A{1} / (A{1} + exponential<V>(-x, accumulator));
 }
 
 template <typename A>
@@ -130,7 +126,7 @@ struct Block {
 template <typename A, typename T>
 void forward(const SpatialGateParams& p) {
   const Gate<A> gate(p);
-  prepare(p.output, p.batch, int64_t{p.channels} * p.height * p.width);
+  const bool around = prepare(p.output, p.batch, int64_t{p.channels} * p.height * p.width);
   parallel_for(0, p.batch * p.height * gate.per_row, 1, [&](int64_t begin, int64_t end) {
     Block<A> block(gate);
     for (int64_t index = begin; index < end; ++index) {
@@ -142,20 +138,24 @@ void forward(const SpatialGateParams& p) {
       const int row = gate.row, channels = p.channels, count = block.count;
       const bool from_feature = p.from_feature;
       gate.product.set(mask.data, mask.stride, count, features, row, block.scratch.data());
-      const auto write = [&](auto* out, int64_t out_stride) {
-        for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+      const auto write = [&](auto* out, int64_t out_stride, const auto& put) {
+        for_rows<A>(count, channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
           using V = typename decltype(type)::type;
           const V feature = leaky_relu(load<V>(features + i * row + c) + load<V>(bias + c), slope);
           const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
-          const V gated = sigmoid(from, A{}) * scale;
-          store_stored<V>(out + i * out_stride + c,
-                          load_stored<V>(input.data + i * input.stride + c) * gated + feature);
+          const V in = load_stored<V>(input.data + i * input.stride + c);
+          put(out + i * out_stride + c, V(in * sigmoid(from, scale) + feature));
         });
       };
       if (lies_as<T>(p.output)) {
-        write(pixel_at<T>(p.output, block.n, block.y, block.x), p.output.stride[3]);
+        T* out = pixel_at<T>(p.output, block.n, block.y, block.x);
+        if (around) {
+          write(out, p.output.stride[3], StoreAround{});
+        } else {
+          write(out, p.output.stride[3], Store{});
+        }
       } else {
-        write(features, row);
+        write(features, row, Store{});
         write_row(features, row, count, channels, p.output, block.n, block.y, block.x);
       }
     }
@@ -169,8 +169,9 @@ bool is_planar(const ImageOf<Pointer>& image) {
 }
 
 // Pixels of a block, and those of them that are multiplied together. A block is long, as each plane
-// is a page of its own for the TLB; 64 channels of it and of their features are 256 kB.
-constexpr int kPlaneBlock = 512, kPanel = 128;
+// is a page of its own for the TLB; 64 channels of it and of their features are 256 kB. Rows of a
+// block lie a line further apart, or the 64 that a product reads would share few sets of the cache.
+constexpr int kPlaneBlock = 512, kPlaneRow = kPlaneBlock + 16, kPanel = 128;
 
 // Channels of a block, each side by side.
 template <typename A>
@@ -188,14 +189,14 @@ void forward_planes(const SpatialGateParams& p) {
   Buffer<A> weight(rows * channels), bias(channels);
   gather_pixels({p.weight, p.dtype, 0, channels, 1}, channels, channels, weight.data(), channels);
   load_bias(p.bias, p.dtype, channels, bias.data());
-  prepare(p.output, p.batch, int64_t{channels} * p.height * p.width);
+  const bool around = prepare(p.output, p.batch, int64_t{channels} * p.height * p.width);
   // Rows of the image that follow each other are one.
   const bool joined =
       p.input.stride[2] == p.width && p.mask.stride[2] == p.width && p.output.stride[2] == p.width;
   const int64_t lines = joined ? 1 : p.height, length = int64_t{p.width} * (joined ? p.height : 1);
   const int64_t per_line = divide_up(length, kPlaneBlock);
   parallel_for(0, p.batch * lines * per_line, 1, [&](int64_t begin, int64_t end) {
-    const size_t size = rows * kPlaneBlock;
+    const size_t size = rows * kPlaneRow;
     Buffer<A> masks(size), features(size), inputs(p.input.dtype == kDense<A> ? 0 : size, false);
     const A scale = static_cast<A>(p.scale), slope = static_cast<A>(p.negative_slope);
     const bool from_feature = p.from_feature;
@@ -206,10 +207,10 @@ void forward_planes(const SpatialGateParams& p) {
       const auto copy = [&](const Source& image, A* to) {
         const int64_t first = element_at(image, n, y, x);
         gather_pixels({image.data, image.dtype, first, image.stride[1], 1}, channels, count, to,
-                      kPlaneBlock);
+                      kPlaneRow);
       };
       copy(p.mask, masks.data());  // products read what pads the last of their columns
-      Planes<const A> input{inputs.data(), kPlaneBlock};
+      Planes<const A> input{inputs.data(), kPlaneRow};
       if (p.input.dtype == kDense<A>) {
         const A* image = static_cast<const A*>(p.input.data);
         input = {image + element_at(p.input, n, y, x), p.input.stride[1]};
@@ -217,28 +218,34 @@ void forward_planes(const SpatialGateParams& p) {
         copy(p.input, inputs.data());
       }
       for (int c = 0; c < channels; ++c) {
-        std::fill_n(features.data() + c * kPlaneBlock, count, bias.data()[c]);
+        std::fill_n(features.data() + c * kPlaneRow, count, bias.data()[c]);
       }
       for (int i = 0; i < count; i += kPanel) {
-        multiply(Matrix<A>{weight.data(), channels, 1}, masks.data() + i, kPlaneBlock, channels,
+        multiply(Matrix<A>{weight.data(), channels, 1}, masks.data() + i, kPlaneRow, channels,
                  channels, padded_columns(std::min(kPanel, count - i)), features.data() + i,
-                 kPlaneBlock, true);
+                 kPlaneRow, true);
       }
       const bool dense = p.output.dtype == kDense<A>;
       const int64_t first = element_at(p.output, n, y, x);
-      Planes<A> out{features.data(), kPlaneBlock};
+      Planes<A> out{features.data(), kPlaneRow};
       if (dense) out = {static_cast<A*>(p.output.data) + first, p.output.stride[1]};
       const A *mask = masks.data(), *made = features.data();
-      for_rows<A>(channels, count, [&](auto type, int c, int i) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const V feature = leaky_relu(load<V>(made + c * kPlaneBlock + i), slope);
-        const V from = from_feature ? feature : load<V>(mask + c * kPlaneBlock + i);
-        const V gated = sigmoid(from, A{}) * scale;
-        store<V>(out.data + c * out.stride + i,
-                 load<V>(input.data + c * input.stride + i) * gated + feature);
-      });
+      const auto write = [&](const auto& put) {
+        for_rows<A>(channels, count, [=](auto type, int c, int i) MAFNET_INLINE_LAMBDA {
+          using V = typename decltype(type)::type;
+          const V feature = leaky_relu(load<V>(made + c * kPlaneRow + i), slope);
+          const V from = from_feature ? feature : load<V>(mask + c * kPlaneRow + i);
+          const V in = load<V>(input.data + c * input.stride + i);
+          put(out.data + c * out.stride + i, V(in * sigmoid(from, scale) + feature));
+        });
+      };
+      if (dense && around) {
+        write(StoreAround{});
+      } else {
+        write(Store{});
+      }
       if (!dense) {
-        scatter_pixels(made, kPlaneBlock, channels, count,
+        scatter_pixels(made, kPlaneRow, channels, count,
                        {p.output.data, p.output.dtype, first, p.output.stride[1], 1});
       }
     }
@@ -278,7 +285,7 @@ void backward(const SpatialGateParams& p) {
       const bool from_feature = p.from_feature;
       // features become the gradients of what the activation got.
       const auto write = [&](auto* to_input, int64_t to_stride) {
-        for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+        for_rows<A>(count, channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
           using V = typename decltype(type)::type;
           const int at = i * row + c;
           const V in = load_stored<V>(input.data + i * input.stride + c);
@@ -286,7 +293,7 @@ void backward(const SpatialGateParams& p) {
           const V before = load<V>(features + at) + load<V>(bias + c);
           const V feature = leaky_relu(before, slope);
           const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
-          const V gated = sigmoid(from, A{});
+          const V gated = sigmoid(from, A{1});
           if (to_input != nullptr) store_stored<V>(to_input + i * to_stride + c, g * gated * scale);
           const V to_gate = g * in * scale * (gated * (A{1} - gated));
           const V to_feature = from_feature ? g + to_gate : g, small = slope * to_feature;

@@ -25,8 +25,22 @@ class Features {
     if (!pooled_) {
       return rows_of(p_.input, n, y, x, count, p_.width, p_.channels, columns, buffer, stride);
     }
-    pool_row(reader_.read(n, y, x, count), x, count, p_.width, p_.channels, buffer, stride);
+    pool(n, y, x, count, buffer, stride, Store{});
     return {buffer, stride};
+  }
+
+  // The pooled ones to where `to` is, by put(to, vector).
+  template <typename To, typename Put>
+  void pool(int64_t n, int y, int x, int count, To* to, int64_t stride, const Put& put) {
+    const auto run = [&](const auto& rows) {
+      pool_row<A>(rows, x, count, p_.width, p_.channels, to, stride, put);
+    };
+    if constexpr (sizeof(A) == 4) {
+      if (lies_as<BFloat16>(p_.input)) {
+        return run(reader_.template read<BFloat16>(n, y, x, count));
+      }
+    }
+    run(reader_.template read<A>(n, y, x, count));
   }
 
  private:
@@ -100,8 +114,8 @@ class Unpooler {
     for (int dy = 0; dy < 3; ++dy) {
       if (rows[dy] >= 0 && rows[dy] < p_.height) grads.at[dy] = buffers[dy]->data();
     }
-    unpool_row(reader_.read(n, y, 0, p_.out_width), grads, p_.out_width, p_.width, p_.channels,
-               grad_features, stride);
+    unpool_row(reader_.template read<A>(n, y, 0, p_.out_width), grads, p_.out_width, p_.width,
+               p_.channels, grad_features, stride);
     if (carried_) write(n, rows[0], *above);
     if (!closing) {
       write(n, rows[1], *centre);
@@ -208,9 +222,11 @@ void backward(const PyramidConvParams& p, bool pooled) {
   }
 }
 
-template <typename A>
+// T is A, or BFloat16 where the output lies so.
+template <typename A, typename T>
 void pool_forward(const PyramidConvParams& p) {
   const int channels = 2 * p.channels;
+  const bool around = prepare(p.output, p.batch, int64_t{channels} * p.out_height * p.out_width);
   parallel_for(0, p.batch * p.out_height, 1, [&](int64_t begin, int64_t end) {
     Features<A> features(p, true, kBlock);
     Buffer<A> rows(static_cast<size_t>(kBlock) * channels, false);
@@ -219,8 +235,18 @@ void pool_forward(const PyramidConvParams& p) {
       const int y = static_cast<int>(r % p.out_height);
       for (int x = 0; x < p.out_width; x += kBlock) {
         const int count = std::min(kBlock, p.out_width - x);
-        features.read(n, y, x, count, channels, rows.data(), channels);
-        write_row(rows.data(), channels, count, channels, p.output, n, y, x);
+        if (lies_as<T>(p.output)) {
+          T* to = pixel_at<T>(p.output, n, y, x);
+          const int64_t stride = p.output.stride[3];
+          if (around) {
+            features.pool(n, y, x, count, to, stride, StoreAround{});
+          } else {
+            features.pool(n, y, x, count, to, stride, Store{});
+          }
+        } else {
+          features.read(n, y, x, count, channels, rows.data(), channels);
+          write_row(rows.data(), channels, count, channels, p.output, n, y, x);
+        }
       }
     }
   });
@@ -263,7 +289,8 @@ int launch_pointwise_conv_backward(const PyramidConvParams& p, void*) {
 
 int launch_pool_concat_forward(const PyramidConvParams& p, void*) {
   if (is_empty(p)) return 0;
-  return with_accumulator(p.dtype, [&](auto a) { pool_forward<decltype(a)>(p); });
+  if (lies_as<BFloat16>(p.output)) return pool_forward<float, BFloat16>(p), 0;
+  return with_accumulator(p.dtype, [&](auto a) { pool_forward<decltype(a), decltype(a)>(p); });
 }
 
 int launch_pool_concat_backward(const PyramidConvParams& p, void*) {

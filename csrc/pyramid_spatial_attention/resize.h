@@ -79,11 +79,13 @@ struct Part {
 
 template <typename L, int kParts, typename A>
 MAFNET_INLINE void combine_some(const Part<A>* parts, int count, A* sums, bool add) {
+  Part<A> own[kParts];  // which no store of a vector can change
+  std::copy_n(parts, kParts, own);
   for_channels<L, A>(count, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
     using V = typename decltype(type)::type;
-    V sum = parts[0].weight * load<V>(parts[0].from + c);
+    V sum = own[0].weight * load<V>(own[0].from + c);
 #pragma GCC unroll 6
-    for (int i = 1; i < kParts; ++i) sum += parts[i].weight * load<V>(parts[i].from + c);
+    for (int i = 1; i < kParts; ++i) sum += own[i].weight * load<V>(own[i].from + c);
     store<V>(sums + c, add ? load<V>(sums + c) + sum : sum);
   });
 }

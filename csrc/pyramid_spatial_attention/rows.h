@@ -115,13 +115,16 @@ MAFNET_INLINE V leaky_relu(const V& v, A slope) {
 }
 
 // Calls body(Type<V>{}, c) for vectors V of the channels 0 ... channels - 1 of rows 0 ... count
-// - 1.
+// - 1. What body captures by value stays in registers: stores of vectors might change anything in
+// memory.
 template <typename A, typename Body>
 void for_rows(int count, int channels, const Body& body) {
   with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    for (int i = 0; i < count; ++i) {
+    const Body own = body;
+    const int rows = count, columns = channels;
+    for (int i = 0; i < rows; ++i) {
       for_channels<decltype(level), A>(
-          channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA { body(type, i, c); });
+          columns, [&](auto type, int c) MAFNET_INLINE_LAMBDA { own(type, i, c); });
     }
   });
 }
@@ -131,7 +134,7 @@ template <typename A>
 void write_activated(A* rows, int64_t stride, int count, int channels, const A* bias, A slope,
                      const Target& image, int64_t n, int64_t y, int64_t x) {
   const auto write = [&](auto* to, int64_t to_stride) {
-    for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+    for_rows<A>(count, channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
       using V = typename decltype(type)::type;
       const V sum = load<V>(rows + i * stride + c) + load<V>(bias + c);
       store_stored<V>(to + i * to_stride + c, leaky_relu(sum, slope));
@@ -154,7 +157,7 @@ void read_gradients(const Source& grad_output, const Source& output, int64_t n, 
                     A* buffer) {
   if (slope == A{1}) return copy_row(grad_output, n, y, x, count, channels, grads, stride);
   const auto read = [&](auto* from, int64_t from_stride, auto* out, int64_t out_stride) {
-    for_rows<A>(count, channels, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+    for_rows<A>(count, channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
       using V = typename decltype(type)::type;
       const V g = load_stored<V>(from + i * from_stride + c), small = slope * g;
       const V result = load_stored<V>(out + i * out_stride + c);
@@ -174,7 +177,7 @@ void read_gradients(const Source& grad_output, const Source& output, int64_t n, 
 
 template <typename A>
 void add_rows(const A* rows, int64_t stride, int count, int columns, A* sums) {
-  for_rows<A>(count, columns, [&](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
+  for_rows<A>(count, columns, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
     using V = typename decltype(type)::type;
     store<V>(sums + c, load<V>(sums + c) + load<V>(rows + i * stride + c));
   });
@@ -193,9 +196,13 @@ int with_accumulator(Dtype dtype, const Body& body) {
   return 0;
 }
 
-// Of an output that is written from end to end, see common/fresh_memory.h.
-inline void prepare(const Target& image, int64_t batch, int64_t elements) {
-  prepare_output(image.data, batch * elements * element_bytes(image.dtype));
+// Of an output that is written from end to end, see common/fresh_memory.h. Whether whole lines of
+// it are better stored around the caches: then pixels (or rows of planes) begin at lines.
+inline bool prepare(const Target& image, int64_t batch, int64_t elements) {
+  const int64_t bytes = element_bytes(image.dtype);
+  int64_t begins = reinterpret_cast<int64_t>(image.data);
+  for (const int64_t stride : image.stride) begins |= stride == 1 ? 0 : stride * bytes;
+  return prepare_output(image.data, batch * elements * bytes) && begins % 64 == 0;
 }
 
 }  // namespace mafnet
