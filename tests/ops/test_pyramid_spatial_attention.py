@@ -464,6 +464,64 @@ NATIVE = "cpu" in raw_ops._NATIVE_DEVICES
 native = pytest.mark.skipif(not NATIVE, reason="the extension is not built")
 
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 1), (3, 5), (6, 195), (5, 383)])
+def test_pooling_of_every_vector(size: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+    """83 channels are vectors of every width, 195 columns more than a block; then numbers that are not finite."""
+    image = uniform(2, 83, *size, dtype=dtype).to(memory_format=LAYOUTS[layout])
+    for values in ((), (math.inf, -math.inf), (-math.inf,), (math.nan, math.inf)):
+        for i, value in enumerate(
+            values
+        ):  # in the last block, channels of the widest vector and others
+            image[1, 5 + i :: 38, -1, max(size[1] - 1 - i, 0)] = value
+        out, exact = pool_concat(image), reference.pool_concat(image.double())
+        assert_same(out[:, :83].double(), exact[:, :83])
+        baseline = reference.pool_concat(image)
+        assert_as_accurate(out[:, 83:], baseline[:, 83:], exact[:, 83:], terms=9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask_from", ["m", "feature"])
+def test_gate_of_far_masks(mask_from: str, dtype: torch.dtype, layout: str) -> None:
+    """Where exp over- and underflows, each mask beside others of its size alone; NaN stays."""
+    far = torch.tensor([-math.inf, -1e30, -104, -89, -88, -87, 87, 88, 89, 104, 1e30, math.inf])
+    mask = torch.cat([far, torch.tensor([math.nan]), torch.linspace(-86, 86, 1000)]).to(dtype)
+    mask = mask.view(1, 1, 1, -1).repeat(1, 16, 3, 1).to(memory_format=LAYOUTS[layout])
+    image = uniform(*mask.shape, dtype=dtype).to(memory_format=LAYOUTS[layout])
+    weight = torch.zeros(16, 16, 1, 1, dtype=dtype)
+    if mask_from == "feature":  # the mask itself, where it is finite
+        weight, mask = torch.eye(16, dtype=dtype)[..., None, None], mask.nan_to_num(0, 104, -104)
+    call = weight, None, 2.0, 1.0, mask_from
+    out, exact = (
+        spatial_gate(image, mask, *call),
+        reference.spatial_gate(image.double(), mask.double(), weight.double(), *call[1:]),
+    )
+    mixed = reference.spatial_gate(image, mask, *call)
+    for one in range(mask.shape[-1]):  # of one magnitude each
+        parts = (t[..., one] for t in (out, mixed, exact))
+        assert_as_accurate(*parts, f"mask {mask[0, 0, 0, one]}", terms=2, roundings=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, layout: str) -> None:
+    """Large ones are stored around the caches, once their memory exists; a third of the rows is not."""
+    image = uniform(1, 64, 192, 256, dtype=dtype).to(memory_format=LAYOUTS[layout])
+    weight = uniform(64, 64, 1, 1, dtype=dtype) / 8
+    for _ in range(3):  # the first may get new pages
+        gated, pooled = spatial_gate(image, image, weight), pool_concat(image)
+    for first in range(0, 192, 64):
+        rows = image[:, :, first : first + 64].contiguous(memory_format=LAYOUTS[layout])
+        assert_same(gated[:, :, first : first + 64], spatial_gate(rows, rows, weight))
+        begin, end = first // 2 + 1, first // 2 + 32  # the first of a part pools padding
+        assert_same(pooled[:, :, begin:end], pool_concat(rows)[:, :, 1:])
+
+
 @native
 @pytest.mark.parametrize(
     "size, to",
