@@ -26,7 +26,7 @@ def empty_like_input(input: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def keep_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``Function.apply`` asks for the signature of ``forward`` at every call; found anew it takes longer than the call."""
+    """``Function.apply`` asks for the signature of ``forward`` at every call; finding it takes longer than the call."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
 

@@ -20,7 +20,13 @@ from strategies import uniform
 from tolerances import assert_as_accurate, assert_rounding_only, assert_same
 from torch import Tensor, nn
 
-from mafnet_ops import ChannelAttention, ChannelStatistics, channel_attention, channel_statistics
+from mafnet_ops import (
+    ChannelAttention,
+    ChannelStatistics,
+    channel_attention,
+    channel_statistics,
+    reference,
+)
 from mafnet_ops.channel_attention import LAYERS
 
 MODULE = importlib.import_module("mafnet_ops.channel_attention")
@@ -129,6 +135,17 @@ def test_a_mean_of_a_million_pixels_is_exact_to_a_rounding() -> None:
 def test_all_negative_channels(layout: str, path: None) -> None:
     image = (uniform(1, 5, 7, 9) - 3).to(memory_format=LAYOUTS[layout])
     assert_same(channel_statistics(image).max, image.amax((2, 3)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(160, 256), (161, 257)])  # rows of whole lines, and not
+def test_scale_of_large_maps(size: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+    """Stored around the caches once their memory exists; each element is one rounding of one product."""
+    image = uniform(1, 64, *size).to(dtype).to(memory_format=LAYOUTS[layout])
+    gate = uniform(1, 64).to(dtype)
+    for _ in range(3):
+        assert_same(MODULE._channel_scale(image, gate), reference.channel_scale(image, gate))
 
 
 # ---------------------------------------------------------------------------------- NaN, ties, infinity
