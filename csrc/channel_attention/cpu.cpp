@@ -456,9 +456,11 @@ void scale_forward(const ChannelScaleParams& p) {
   const Cut<kPlanes> cut(images);
   const PerChannel<A> gates(images, p.gate, 0, cut.channels);
   const int64_t bytes = element_bytes(images.dtype);
-  const bool exists = prepare_output(p.output, images.batch * cut.channels * cut.pixels * bytes);
+  const int64_t size = images.batch * cut.channels * cut.pixels * bytes;
+  prepare_output(p.output, size);
   const int64_t run = (kPlanes ? cut.pixels : cut.channels) * bytes;
-  const bool around = exists && (reinterpret_cast<uintptr_t>(p.output) | run) % 64 == 0;
+  const bool around =
+      size >= kLargeOutput && (reinterpret_cast<uintptr_t>(p.output) | run) % 64 == 0;
   parallel_for(0, cut.tasks, cut.grain(), [&](int64_t begin, int64_t end) {
     Buffer<A> buffer(static_cast<size_t>(cut.block) * cut.width, false);
     for (int64_t task = begin; task < end; ++task) {

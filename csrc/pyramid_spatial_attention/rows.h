@@ -202,7 +202,8 @@ inline bool prepare(const Target& image, int64_t batch, int64_t elements) {
   const int64_t bytes = element_bytes(image.dtype);
   int64_t begins = reinterpret_cast<int64_t>(image.data);
   for (const int64_t stride : image.stride) begins |= stride == 1 ? 0 : stride * bytes;
-  return prepare_output(image.data, batch * elements * bytes) && begins % 64 == 0;
+  prepare_output(image.data, batch * elements * bytes);
+  return batch * elements * bytes >= kLargeOutput && begins % 64 == 0;
 }
 
 }  // namespace mafnet
