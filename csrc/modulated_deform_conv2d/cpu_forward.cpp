@@ -2,21 +2,23 @@
 // y(p) = bias + sum_k W_k * (mask_k(p) * x(p * stride - padding + k * dilation + offset_k(p))),
 // sampled bilinearly, zero outside.
 //
-// Output pixels go in blocks of one image, one task each. Of a block the samples of some 64 to 96
-// channels and taps are written side by side, columns[pixel][offset group][tap][channel]; a matrix
-// product with the packed weight follows and adds to the block's sums. No column buffer of the
-// image ever exists. All taps of an offset group come together, as they read the same few rows:
-// with taps outside and offset groups inside nearly every sample missed the first cache.
+// Output pixels go in blocks of one image. Of a block the samples of some 64 to 96 channels and
+// taps are written side by side, columns[pixel][offset group][tap][channel]; a matrix product with
+// the packed weight follows and adds to the block's sums. While it runs, the samples of the next
+// block are taken (forward_products.h). No column buffer of the image ever exists. All taps of an
+// offset group come together, as they read the same few rows: with taps outside and offset groups
+// inside nearly every sample missed the first cache.
 //
-// For the same reason the input is first rewritten as [offset group][row][column][channel] in the
-// accumulators' type, or in bfloat16: small images whole, large ones in bands of output rows, each
-// with the rows of input that its samples touch, so that the memory is bounded.
+// For the same reason the input is first rewritten as [offset group][row][column][channel]
+// (forward_window.h): small images whole, large ones in bands of output rows, each with the rows of
+// input that its samples touch, so that the memory is bounded.
 #include "common/fresh_memory.h"
 #include "common/gemm_bf16.h"
 #include "common/parallel.h"
 #include "common/pixels.h"
 #include "modulated_deform_conv2d/cut.h"
-#include "modulated_deform_conv2d/forward_samples.h"
+#include "modulated_deform_conv2d/forward_products.h"
+#include "modulated_deform_conv2d/forward_window.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {
@@ -64,6 +66,7 @@ struct Forward {
   int64_t rows;               // of the weight
   int block;                  // pixels
   int row;                    // of columns
+  int max_taps;               // of a chunk
   int out;                    // out channels of a group, padded
   int panel;                  // out channels at most
   Buffer<A> weight, bias;     // bias: [group][out]
@@ -79,12 +82,16 @@ Forward<A, S>::Forward(const ModulatedDeformConv2dParams& p)
       rows(segments.back().row + int64_t{segments.back().stored} * p.taps()),
       block(p.out_channels <= 128 ? kMaxBlock : kMaxBlock / 2),
       row(kColumnPad),
+      max_taps(0),
       out(round_up(p.group_outputs(), kColumnPad)),
       panel(out),
       weight(static_cast<size_t>(rows) * out),
       bias(static_cast<size_t>(p.groups) * out),
       packed(0) {
-  for (const Chunk& chunk : chunks) row = std::max(row, round_up(chunk.depth, kColumnPad));
+  for (const Chunk& chunk : chunks) {
+    row = std::max(row, round_up(chunk.depth, kColumnPad));
+    max_taps = std::max(max_taps, chunk.all_taps());
+  }
   // Five vectors are one tile too; bfloat16 is packed from whole rows below.
   if (out > 5 * kColumnPad && !kInBf16) panel = kPanel;
   with_dtype<A>(p.dtype, [&](auto type) {
@@ -127,76 +134,17 @@ Forward<A, S>::Forward(const ModulatedDeformConv2dParams& p)
   }
 }
 
-// Rows of an image as [slab][row][column][channel], padded: a slab is an offset group of a part.
-template <typename S>
-struct Window {
-  explicit Window(const ModulatedDeformConv2dParams& p)
-      : slabs(p.parts * p.offset_groups),
-        column_stride(round_up(p.offset_group_channels(), kChannelPad)),
-        row_stride(int64_t{p.width} * column_stride),
-        rows{0, 0},
-        data(0) {}
-
-  int slabs;
-  int64_t column_stride, row_stride;
-  RowRange rows;
-  Buffer<S> data;
-};
-
-template <typename S>
-Source<S> source_of(const Window<S>& window, int slab, int low) {
-  const int64_t rows = window.rows.high - window.rows.low;
-  // As if it began at row 0 of the image.
-  const S* data = window.data.data() + (slab * rows - window.rows.low) * window.row_stride;
-  return {data + low, window.row_stride, window.column_stride};
-}
-
-// The bits of numbers that are bfloat16.
-MAFNET_NOINLINE void narrow(const float* from, int64_t count, uint16_t* to) {
-  with_simd([&]() MAFNET_INLINE_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, from + i, sizeof(bits));
-      to[i] = static_cast<uint16_t>(bits >> 16);
-    }
-  });
-}
-
-template <typename A, typename S>
-void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange& rows,
-                 Window<S>& window) {
-  const int64_t count = rows.high - rows.low;
-  window.rows = rows;
-  window.data.resize(window.slabs * count * window.row_stride,
-                     window.column_stride != p.offset_group_channels());
-  parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-    Buffer<A> numbers(std::is_same_v<A, S> ? 0 : window.row_stride);
-    for (int64_t y = begin; y < end; ++y) {
-      for (int64_t slab = 0; slab < window.slabs; ++slab) {
-        const int64_t first = n * p.input_stride[0] + (rows.low + y) * p.input_stride[2] +
-                              slab * p.offset_group_channels() * p.input_stride[1];
-        S* row = window.data.data() + (slab * count + y) * window.row_stride;
-        A* to = numbers.data();
-        if constexpr (std::is_same_v<A, S>) to = row;
-        gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
-                      p.offset_group_channels(), to, window.column_stride);
-        if constexpr (!std::is_same_v<A, S>) narrow(to, window.row_stride, row);
-      }
-    }
-  });
-}
-
 // Buffers of one task.
 template <typename A, typename S>
 struct Scratch {
   Scratch(const ModulatedDeformConv2dParams& p, const Forward<A, S>& f)
-      : columns(f.twins * f.columns_size()),
+      : columns{Buffer<S>(f.columns_size()), Buffer<S>(f.columns_size())},
         sums(static_cast<size_t>(kRun) * p.groups * f.block * f.out),
-        zeros(round_up(p.offset_group_channels(), kChannelPad)),
+        samples(f.max_taps + 1),
         plan(1) {}
-  Buffer<S> columns;  // in bfloat16 packed as a product wants them
+  Buffer<S> columns[2];  // of the product under way, and of the next one
   Buffer<A> sums;
-  Buffer<S> zeros;
+  Buffer<Samples<A>> samples;  // of a chunk, and one more to look ahead into
   Buffer<Plan<A>> plan;
 };
 
@@ -207,9 +155,6 @@ template <typename A, typename S>
 void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A, S>& f, int64_t n,
                     int64_t first, int64_t end, const Window<S>& window, Scratch<A, S>& scratch) {
   Plan<A>& plan = *scratch.plan.data();
-  const auto columns_of = [&](int twin) {
-    return scratch.columns.data() + twin * f.columns_size();
-  };
   const int64_t sums_size = int64_t{f.block} * f.out;
   const auto sums_of = [&](int64_t block, int group) {
     return scratch.sums.data() + (block * p.groups + group) * sums_size;
@@ -226,48 +171,62 @@ void forward_blocks(const ModulatedDeformConv2dParams& p, const Forward<A, S>& f
         std::copy_n(f.bias.data() + group * f.out, f.out, sums + i * f.out);
     }
   }
-  for (size_t c = 0; c < f.chunks.size(); ++c) {
-    const Chunk& chunk = f.chunks[c];
-    for (int64_t block = 0; block < blocks; ++block) {
-      const Block b = block_of(block);
-      plan_block(p, b, plan);
-      int column = 0;
-      for (int index = chunk.segment; index < chunk.segment + chunk.segments; ++index) {
-        const Segment& s = f.segments[index];
-        const auto source = [&](int twin) {
-          return source_of(window, f.segments[index + twin * f.next_segment()].slab, s.low);
-        };
-        for (int k = chunk.tap; k < chunk.tap + chunk.taps; ++k, column += s.stored) {
-          plan_tap(p, b, window.row_stride, window.column_stride,
-                   s.slab % p.offset_groups * p.taps() + k, plan);
-          for (int twin = 0; twin < f.twins; ++twin) {
-            if constexpr (f.kInBf16) {
-              sample(p, b, source(twin), plan, s.stored, scratch.zeros.data(), columns_of(twin),
-                     chunk.depth, column);
-            } else {
-              sample(p, b, source(twin), plan, s.stored, scratch.zeros.data(),
-                     columns_of(twin) + column, f.row);
-            }
-          }
-        }
-      }
-      for (int twin = 0; twin < f.twins; ++twin) {
-        A* sums = sums_of(block, chunk.group + twin * (p.groups / f.twins));
-        if constexpr (f.kInBf16) {
-          const uint16_t* weight = f.packed.data() + f.packed_at[c * f.twins + twin];
-          pad_bf16_rows(b.count, chunk.depth, columns_of(twin));
-          multiply_bf16(columns_of(twin), weight, b.count, chunk.depth, f.out, sums, f.out, true);
-        } else {
-          const Matrix<A> columns{columns_of(twin), f.row, 1};
-          const int64_t row = chunk.row + twin * f.next_row();
-          for (int o = 0; o < f.out; o += f.panel) {
-            multiply(columns, f.weight.data() + f.at(row, o), f.width(o), b.count, chunk.depth,
-                     f.width(o), sums + o, f.out, true);
-          }
-        }
+  struct Pending {
+    const S* columns;
+    size_t chunk;
+    int twin, pixels;
+    A* sums;
+  } pending{};
+  const auto multiply_pending = [&](const Sampling<A, S>& sampling) {
+    const Chunk& chunk = f.chunks[pending.chunk];
+    if constexpr (f.kInBf16) {
+      const uint16_t* weight =
+          f.packed.data() + f.packed_at[pending.chunk * f.twins + pending.twin];
+      multiply_and_sample({pending.columns, chunk.depth, weight, pending.pixels, chunk.depth, f.out,
+                           pending.sums, f.out},
+                          sampling);
+    } else {
+      const int64_t row = chunk.row + pending.twin * f.next_row();
+      for (int o = 0; o < f.out; o += f.panel) {
+        multiply_and_sample({pending.columns, f.row, f.weight.data() + f.at(row, o), pending.pixels,
+                             chunk.depth, f.width(o), pending.sums + o, f.out},
+                            o == 0 ? sampling : Sampling<A, S>{});
       }
     }
+  };
+  int buffer = 0;
+  const int64_t next_slabs = f.twins == 1 ? 0 : f.segments[f.next_segment()].slab;
+  const int64_t count = static_cast<int64_t>(f.chunks.size()) * blocks;
+  const auto plane_of = [&](const Chunk& chunk, int segment) {
+    const int slab = f.segments[chunk.segment + segment].slab;
+    return slab % p.offset_groups * p.taps() + chunk.tap;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunk& chunk = f.chunks[i / blocks];
+    const Block b = block_of(i % blocks);
+    plan_block(p, b, plan);
+    for (int of_chunk = 0; of_chunk < chunk.segments; ++of_chunk) {
+      const Segment& s = f.segments[chunk.segment + of_chunk];
+      plan_samples(p, b, window.place_of(s.slab, s.low), plane_of(chunk, of_chunk), chunk.taps,
+                   plan, scratch.samples.data() + of_chunk * chunk.taps);
+    }
+    PlaneLines next;
+    if (i + 1 < count) {
+      next = plane_lines(p, block_of((i + 1) % blocks), plane_of(f.chunks[(i + 1) / blocks], 0));
+    }
+    for (int twin = 0; twin < f.twins; ++twin) {
+      S* columns = scratch.columns[buffer].data();
+      buffer = 1 - buffer;
+      const S* source = window.data.data() + twin * next_slabs * window.slab_size();
+      multiply_pending({scratch.samples.data(), chunk.all_taps(), b.count, chunk.stored, source,
+                        window.row_stride, window.column_stride, columns,
+                        f.kInBf16 ? chunk.depth : f.row, next});
+      if constexpr (f.kInBf16) pad_bf16_rows(b.count, chunk.depth, columns);
+      pending = {columns, static_cast<size_t>(i / blocks), twin, b.count,
+                 sums_of(i % blocks, chunk.group + twin * (p.groups / f.twins))};
+    }
   }
+  multiply_pending({});
   for (int group = 0; group < p.groups; ++group) {
     // A few planes of all blocks at a time: each is a page of its own for the TLB.
     for (int o = 0; o < p.group_outputs(); o += kPlanes) {

@@ -95,41 +95,57 @@ void read_flows(const RawOffsets& raw, const Block& b, Plan<A>& plan) {
   }
 }
 
+// The cell of a coordinate along one axis, and the part of it; limits are as far outside as it
+// gets. NaN goes below, and its part is NaN.
+template <typename A>
+struct Cell {
+  int index;
+  A part;
+};
+
+template <typename A>
+MAFNET_INLINE Cell<A> cell_of(A at, A low, A high) {
+  at = at > high ? high : at;  // NaN passes these selects, but not that under floor
+  const A floor = std::floor(at > low ? at : low);
+  at = at < low ? low : at;
+  return {static_cast<int>(floor), at - floor};
+}
+
+// dy, dx and mask of a tap over a block, and where it lies in the kernel.
+template <typename A, typename T = A>
+struct Inputs {
+  A tap_y, tap_x;
+  const T *dy, *dx, *mask;
+};
+
 template <typename A>
 MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, int64_t row_stride,
-                                  int64_t column_stride, int count, A tap_y, A tap_x, const A* dy,
-                                  const A* dx, const A* mask, Plan<A>& plan) {
+                                  int64_t column_stride, int count, const Inputs<A>& in,
+                                  Plan<A>& plan) {
   // Copies, of which the compiler knows that no store below changes them.
-  const A* base_y = plan.base_y;
-  const A* base_x = plan.base_x;
+  const A *base_y = plan.base_y, *base_x = plan.base_x;
+  const A *dy = in.dy, *dx = in.dx, *mask = in.mask;
+  const A tap_y = in.tap_y, tap_x = in.tap_x;
   const A end_y = static_cast<A>(p.height), end_x = static_cast<A>(p.width);
   const unsigned cells_y = static_cast<unsigned>(std::max(p.height - 1, 0));
   const unsigned cells_x = static_cast<unsigned>(std::max(p.width - 1, 0));
   // Whole chunks: beyond count the arrays hold leftovers, which do no harm.
 #pragma omp simd
   for (int i = 0; i < round_up(count, kChunk); ++i) {
-    // Two pixels outside is as far as it gets. NaN passes the first selects and not the second.
-    A y = base_y[i] + tap_y + dy[i], x = base_x[i] + tap_x + dx[i];
-    y = y > end_y ? end_y : y;
-    x = x > end_x ? end_x : x;
-    const A floor_y = std::floor(y > A(-2) ? y : A(-2));
-    const A floor_x = std::floor(x > A(-2) ? x : A(-2));
-    y = y < A(-2) ? A(-2) : y;
-    x = x < A(-2) ? A(-2) : x;
-    const A ty = y - floor_y, tx = x - floor_x;  // NaN where y or x is
-    const int row = static_cast<int>(floor_y), column = static_cast<int>(floor_x);
+    const Cell<A> y = cell_of(base_y[i] + tap_y + dy[i], A(-2), end_y);
+    const Cell<A> x = cell_of(base_x[i] + tap_x + dx[i], A(-2), end_x);
     const A m = mask[i];
-    const A w1 = ty * m, w0 = (1 - ty) * m;
-    plan.weight[0][i] = w0 * (1 - tx);
-    plan.weight[1][i] = w0 * tx;
-    plan.weight[2][i] = w1 * (1 - tx);
-    plan.weight[3][i] = w1 * tx;
-    plan.y[i] = row;
-    plan.x[i] = column;
-    plan.part_y[i] = ty;
-    plan.part_x[i] = tx;
+    const A w1 = y.part * m, w0 = (1 - y.part) * m;
+    plan.weight[0][i] = w0 * (1 - x.part);
+    plan.weight[1][i] = w0 * x.part;
+    plan.weight[2][i] = w1 * (1 - x.part);
+    plan.weight[3][i] = w1 * x.part;
+    plan.y[i] = y.index;
+    plan.x[i] = x.index;
+    plan.part_y[i] = y.part;
+    plan.part_x[i] = x.part;
     plan.mask[i] = m;
-    plan.offset[i] = row * row_stride + column * column_stride;
+    plan.offset[i] = y.index * row_stride + x.index * column_stride;
   }
   // A loop of its own: with the comparisons in the one above the compiler makes scalar code of
   // both.
@@ -141,6 +157,81 @@ MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, int64_t 
     }
     plan.inside[chunk] = outside == 0;
   }
+}
+
+// T: what dy, dx and mask are in.
+template <typename A, typename T>
+MAFNET_INLINE void plan_corners(const ModulatedDeformConv2dParams& p, const Place& place, int count,
+                                const Inputs<A, T>& in, const Plan<A>& plan, Samples<A>& samples) {
+  const A *base_y = plan.base_y, *base_x = plan.base_x;
+  const T *dy = in.dy, *dx = in.dx, *mask = in.mask;
+  const A tap_y = in.tap_y, tap_x = in.tap_x;
+  const int top = place.rows.low - 2, bottom = place.rows.high, left = -2, right = p.width;
+  const A top_y = static_cast<A>(top), bottom_y = static_cast<A>(bottom);
+  const A left_x = static_cast<A>(left), right_x = static_cast<A>(right);
+  samples.first = place.first;
+#pragma omp simd
+  for (int i = 0; i < round_up(count, kChunk); ++i) {
+    const Cell<A> y = cell_of(base_y[i] + tap_y + static_cast<A>(dy[i]), top_y, bottom_y);
+    const Cell<A> x = cell_of(base_x[i] + tap_x + static_cast<A>(dx[i]), left_x, right_x);
+    // Limits beyond 2^24 may have been rounded.
+    const int row = y.index < bottom ? y.index : bottom;
+    const int column = x.index < right ? x.index : right;
+    const A m = static_cast<A>(mask[i]);
+    const A w1 = y.part * m, w0 = (1 - y.part) * m;
+    samples.weight[0][i] = w0 * (1 - x.part);
+    samples.weight[1][i] = w0 * x.part;
+    samples.weight[2][i] = w1 * (1 - x.part);
+    samples.weight[3][i] = w1 * x.part;
+    samples.row[i] = row > top ? row : top;
+    samples.column[i] = column;
+  }
+}
+
+template <typename A, typename T>
+Inputs<A, T> inputs_of(const ModulatedDeformConv2dParams& p, int plane, const T* dy, const T* dx,
+                       const T* mask) {
+  const int tap = plane % p.taps();
+  return {static_cast<A>(tap / p.kernel_w * p.dilation_h),
+          static_cast<A>(tap % p.kernel_w * p.dilation_w), dy, dx, mask};
+}
+
+// Reads dy, dx and mask of a tap, and calls body(inputs), compiled for the vectors of this CPU.
+template <typename A, typename Body>
+void with_inputs(const ModulatedDeformConv2dParams& p, const Block& b, int plane, Plan<A>& plan,
+                 const Body& body) {
+  const Planes planes = planes_of(p, b, plane);
+  const A* mask = plan.mask;
+  if (p.mask != nullptr) mask = read_plane<A>(planes.at[2], b.count, plan.planes[2]);
+  Inputs<A> in = inputs_of<A>(p, plane, read_plane<A>(planes.at[0], b.count, plan.planes[0]),
+                              read_plane<A>(planes.at[1], b.count, plan.planes[1]), mask);
+  with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
+    if (p.raw.used) {
+      const A residue = static_cast<A>(p.raw.max_residue);
+      const auto& flow = plan.flow[p.raw.flow_of(plane / p.taps(), p.offset_groups)];
+      activate_offsets(b.count, residue, in.dy, flow[1], plan.planes[0], plan.slope[0]);
+      activate_offsets(b.count, residue, in.dx, flow[0], plan.planes[1], plan.slope[1]);
+      activate_mask(b.count, in.mask, plan.planes[2], plan.slope[2]);
+      in = {in.tap_y, in.tap_x, plan.planes[0], plan.planes[1], plan.planes[2]};
+    }
+    body(in);
+  });
+}
+
+// Plans taps of which dy, dx and mask lie as they are wanted, in T.
+template <typename A, typename T>
+void plan_dense(const ModulatedDeformConv2dParams& p, const Block& b, const Place& place, int plane,
+                int taps, const Plan<A>& plan, Samples<A>* samples) {
+  with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
+    for (int k = 0; k < taps; ++k) {
+      const Planes planes = planes_of(p, b, plane + k);
+      const auto at = [&](int i) {
+        return static_cast<const T*>(planes.at[i].data) + planes.at[i].first;
+      };
+      plan_corners(p, place, b.count, inputs_of<A>(p, plane + k, at(0), at(1), at(2)), plan,
+                   samples[k]);
+    }
+  });
 }
 
 }  // namespace
@@ -166,31 +257,43 @@ void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& p
 template <typename A>
 void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int64_t row_stride,
               int64_t column_stride, int plane, Plan<A>& plan) {
-  const int tap = plane % p.taps();
-  const A tap_y = static_cast<A>(tap / p.kernel_w * p.dilation_h);
-  const A tap_x = static_cast<A>(tap % p.kernel_w * p.dilation_w);
-  const Planes planes = planes_of(p, b, plane);
-  const A* dy = read_plane<A>(planes.at[0], b.count, plan.planes[0]);
-  const A* dx = read_plane<A>(planes.at[1], b.count, plan.planes[1]);
-  const A* mask =
-      p.mask == nullptr ? plan.mask : read_plane<A>(planes.at[2], b.count, plan.planes[2]);
   if (plane + 1 < p.offset_groups * p.taps()) {
     const Planes next = planes_of(p, b, plane + 1);
-    for (int k = 0; k < (p.mask == nullptr ? 2 : 3); ++k) prefetch(next.at[k], b.count);
+    for (int i = 0; i < (p.mask == nullptr ? 2 : 3); ++i) prefetch(next.at[i], b.count);
   }
-  with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
-    if (p.raw.used) {
-      const A residue = static_cast<A>(p.raw.max_residue);
-      const auto& flow = plan.flow[p.raw.flow_of(plane / p.taps(), p.offset_groups)];
-      activate_offsets(b.count, residue, dy, flow[1], plan.planes[0], plan.slope[0]);
-      activate_offsets(b.count, residue, dx, flow[0], plan.planes[1], plan.slope[1]);
-      activate_mask(b.count, mask, plan.planes[2], plan.slope[2]);
-      dy = plan.planes[0];
-      dx = plan.planes[1];
-      mask = plan.planes[2];
-    }
-    plan_positions(p, row_stride, column_stride, b.count, tap_y, tap_x, dy, dx, mask, plan);
+  with_inputs(p, b, plane, plan, [&](const Inputs<A>& in) MAFNET_INLINE_LAMBDA {
+    plan_positions(p, row_stride, column_stride, b.count, in, plan);
   });
+}
+
+template <typename A>
+void plan_samples(const ModulatedDeformConv2dParams& p, const Block& b, const Place& place,
+                  int plane, int taps, Plan<A>& plan, Samples<A>* samples) {
+  constexpr Dtype kDtype = std::is_same_v<A, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (!p.raw.used && p.mask != nullptr && b.count % kChunk == 0 && p.offset_stride[2] == 1 &&
+      p.mask_stride[2] == 1 && p.offset_dtype == p.mask_dtype) {
+    if (p.offset_dtype == kDtype) return plan_dense<A, A>(p, b, place, plane, taps, plan, samples);
+    if constexpr (!std::is_same_v<A, double>) {
+      if (p.offset_dtype == Dtype::kBFloat16)
+        return plan_dense<A, torch::headeronly::BFloat16>(p, b, place, plane, taps, plan, samples);
+    }
+  }
+  for (int k = 0; k < taps; ++k) {
+    with_inputs(p, b, plane + k, plan, [&](const Inputs<A>& in) MAFNET_INLINE_LAMBDA {
+      plan_corners(p, place, b.count, in, plan, samples[k]);
+    });
+  }
+}
+
+PlaneLines plane_lines(const ModulatedDeformConv2dParams& p, const Block& b, int plane) {
+  if (p.mask == nullptr || p.offset_stride[2] != 1 || p.mask_stride[2] != 1) return {};
+  const Planes planes = planes_of(p, b, plane);
+  const auto begin = [](const Elements<const void*>& of) {
+    return static_cast<const char*>(of.data) + of.first * element_bytes(of.dtype);
+  };
+  const int bytes = static_cast<int>(element_bytes(p.offset_dtype));
+  return {begin(planes.at[0]), begin(planes.at[2]), p.offset_stride[1] * bytes,
+          p.mask_stride[1] * element_bytes(p.mask_dtype), bytes};
 }
 
 template <typename A>
@@ -217,6 +320,10 @@ template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int64_t
                        Plan<float>&);
 template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int64_t, int64_t, int,
                        Plan<double>&);
+template void plan_samples(const ModulatedDeformConv2dParams&, const Block&, const Place&, int, int,
+                           Plan<float>&, Samples<float>*);
+template void plan_samples(const ModulatedDeformConv2dParams&, const Block&, const Place&, int, int,
+                           Plan<double>&, Samples<double>*);
 template RowRange touched_rows(const ModulatedDeformConv2dParams&, const Block&, int, Plan<float>&);
 template RowRange touched_rows(const ModulatedDeformConv2dParams&, const Block&, int,
                                Plan<double>&);

@@ -55,10 +55,13 @@ inline int twins_of(const ModulatedDeformConv2dParams& p) {
   return p.groups % p.parts == 0 ? p.parts : 1;
 }
 
-// Some taps of some segments: a matrix product of depth `depth`, whose weight begins at row `row`.
+// Some taps of some segments, each of `stored` columns: a matrix product of depth `depth`, whose
+// weight begins at row `row`.
 struct Chunk {
+  int all_taps() const { return segments * taps; }
+
   int group, segment, segments, tap, taps;
-  int depth;
+  int stored, depth;
   int64_t row;
 };
 
@@ -70,20 +73,21 @@ inline std::vector<Chunk> make_chunks(const std::vector<Segment>& segments, int 
   for (int s = 0; s < count;) {
     const int stored = segments[s].stored, group = segments[s].group;
     if (stored * taps < 2 * depth) {
-      Chunk chunk{group, s, 0, 0, taps, 0, segments[s].row};
+      Chunk chunk{group, s, 0, 0, taps, stored, 0, segments[s].row};
       do {
-        chunk.depth += segments[s].stored * taps;
+        chunk.depth += stored * taps;
         ++chunk.segments;
         ++s;
-      } while (s < count && segments[s].group == group &&
-               chunk.depth + segments[s].stored * taps <= 3 * depth / 2);
+      } while (s < count && segments[s].group == group && segments[s].stored == stored &&
+               chunk.depth + stored * taps <= 3 * depth / 2);
       chunks.push_back(chunk);
       continue;
     }
     const int parts = std::max(1, stored * taps / depth), step = (taps + parts - 1) / parts;
     for (int k = 0; k < taps; k += step) {
       const int some = std::min(step, taps - k);
-      chunks.push_back({group, s, 1, k, some, some * stored, segments[s].row + k * stored});
+      const int64_t row = segments[s].row + k * stored;
+      chunks.push_back({group, s, 1, k, some, stored, some * stored, row});
     }
     ++s;
   }

@@ -1,4 +1,5 @@
-// The samples of one tap and segment in the forward pass on the CPU.
+// Taking the samples of a block in the forward pass on the CPU: all at once, or one by one beside
+// something else.
 #pragma once
 
 #include <algorithm>
@@ -6,34 +7,40 @@
 
 #include "common/gemm_bf16.h"
 #include "common/tiles.h"
+#include "common/vectors.h"
 #include "modulated_deform_conv2d/plan.h"
 
 namespace mafnet {
 
-// columns[pixel] = the masked samples.
-template <typename L, typename A>
-MAFNET_INLINE void sample_at_level(const ModulatedDeformConv2dParams& p, const Block b,
-                                   const Source<A> source, const Plan<A>& plan, int channels_,
-                                   const A* zeros, A* columns, int64_t row) {
-  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
-    for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
-      const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
-      const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
-      A* out = columns + i * row;
-      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        store<V>(out + c, w0 * load<V>(at.at[0] + c) + w1 * load<V>(at.at[1] + c) +
-                              w2 * load<V>(at.at[2] + c) + w3 * load<V>(at.at[3] + c));
-      });
-    });
-  });
-}
+// The samples of a chunk of a block: of each tap `channels` channels of `pixels` pixels, to
+// columns[pixel][tap][channel], or to packed rows of bfloat16.
+template <typename A, typename S>
+struct Sampling {
+  MAFNET_INLINE const S* corner(const Samples<A>& tap, int i) const {
+    return window + tap.first + tap.row[i] * row_stride + tap.column[i] * column_stride;
+  }
 
-template <typename A>
-void sample(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
-            const Plan<A>& plan, int channels, const A* zeros, A* columns, int64_t row) {
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    sample_at_level<decltype(level)>(p, b, source, plan, channels, zeros, columns, row);
+  const Samples<A>* taps;  // and one more, to look ahead into
+  int count, pixels, channels;
+  const S* window;
+  int64_t row_stride, column_stride;
+  S* columns;
+  int64_t row;      // of columns, or the depth of packed rows
+  PlaneLines next;  // of the sampling after this one
+};
+
+// One sample in A.
+template <typename L, typename A, typename Channels>
+MAFNET_INLINE void take_sample(const Sampling<A, A>& s, const Samples<A>& tap, int i,
+                               Channels channels, A* to) {
+  const A w0 = tap.weight[0][i], w1 = tap.weight[1][i];
+  const A w2 = tap.weight[2][i], w3 = tap.weight[3][i];
+  const A *top = s.corner(tap, i), *bottom = top + s.row_stride;
+  const int64_t right = s.column_stride;
+  for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
+    using V = typename decltype(type)::type;
+    store<V>(to + c, w0 * load<V>(top + c) + w1 * load<V>(top + right + c) +
+                         w2 * load<V>(bottom + c) + w3 * load<V>(bottom + right + c));
   });
 }
 
@@ -70,66 +77,139 @@ MAFNET_TARGET_BF16 MAFNET_INLINE void store_bf16(const V& value, uint16_t* to,
   }
 }
 
-template <int kLanes>
-MAFNET_TARGET_BF16 MAFNET_INLINE void sample_lanes(const Corners<uint16_t>& at,
-                                                   const Plan<float>& plan, int i, int c,
-                                                   uint16_t* to, __mmask16 wanted) {
-  const auto v0 = load_bf16<kLanes>(at.at[0] + c, wanted),
-             v1 = load_bf16<kLanes>(at.at[1] + c, wanted);
-  const auto v2 = load_bf16<kLanes>(at.at[2] + c, wanted),
-             v3 = load_bf16<kLanes>(at.at[3] + c, wanted);
-  const auto top = plan.weight[0][i] * v0 + plan.weight[1][i] * v1;
-  store_bf16<kLanes>(top + plan.weight[2][i] * v2 + plan.weight[3][i] * v3, to, wanted);
-}
-
-// kLanes as above. kChannels: the number of channels, or 0 where it is `channels`.
+// One sample in bfloat16, rounded to it where a product wants it: to columns from `column` on of a
+// packed row. kLanes as above; kChannels: their number, or 0 where it is that of the sampling.
 template <int kLanes, int kChannels>
-MAFNET_TARGET_BF16 void sample_block(const ModulatedDeformConv2dParams& p, const Block& b,
-                                     const Source<uint16_t>& source_, const Plan<float>& plan,
-                                     int channels, const uint16_t* zeros, uint16_t* packed,
-                                     int64_t tile_row, int column) {
-  const Source<uint16_t> source = source_;
-  const PackedColumn first = packed_column(column);
-  for (int begin = 0; begin < b.count; begin += kChunk, packed += tile_row) {
-    const bool inside = plan.inside[begin / kChunk];
-    const int end = std::min(b.count, begin + kChunk);
-    uint16_t* row = packed;
-    for (int i = begin; i < end; ++i, row += kPackedDepth) {
-      const Corners<uint16_t> at =
-          inside ? inner_corners(source, plan, i) : edge_corners(p, source, plan, i, zeros);
-      if constexpr (kChannels > 0) {
-        sample_lanes<kLanes>(at, plan, i, 0, row + first.at, 0);
-        continue;
-      }
-      for (int c = 0; c < channels;) {
-        const PackedColumn to = packed_column(column + c);
-        const int count = kLanes > 0 ? kLanes : std::min({16, channels - c, to.room});
-        sample_lanes<kLanes>(at, plan, i, c, row + to.at,
-                             static_cast<__mmask16>((1u << count) - 1));
-        c += count;
-      }
-    }
+MAFNET_TARGET_BF16 MAFNET_INLINE void take_bf16_sample(const Sampling<float, uint16_t>& s,
+                                                       const Samples<float>& tap, int i, int column,
+                                                       uint16_t* row) {
+  const float w0 = tap.weight[0][i], w1 = tap.weight[1][i];
+  const float w2 = tap.weight[2][i], w3 = tap.weight[3][i];
+  const uint16_t *top = s.corner(tap, i), *bottom = top + s.row_stride;
+  const int64_t right = s.column_stride;
+  for (int c = 0; c < (kChannels > 0 ? kChannels : s.channels);) {
+    const PackedColumn to = packed_column(column + c);
+    const int count = kLanes > 0 ? kLanes : std::min({16, s.channels - c, to.room});
+    const __mmask16 wanted = static_cast<__mmask16>((1u << count) - 1);
+    const auto v0 = load_bf16<kLanes>(top + c, wanted);
+    const auto v1 = load_bf16<kLanes>(top + right + c, wanted);
+    const auto v2 = load_bf16<kLanes>(bottom + c, wanted);
+    const auto v3 = load_bf16<kLanes>(bottom + right + c, wanted);
+    store_bf16<kLanes>(w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3, row + to.at, wanted);
+    c += count;
   }
 }
 
-// The same of bfloat16, rounded to it where a product wants them: in packed rows of `depth`, as
-// those of pack_bf16_rows, the columns from `column` on.
-inline void sample(const ModulatedDeformConv2dParams& p, const Block& b,
-                   const Source<uint16_t>& source, const Plan<float>& plan, int channels,
-                   const uint16_t* zeros, uint16_t* packed, int depth, int column) {
-  static_assert(kChunk == kPackedRows);
-  const auto fits = [&](int lanes) { return channels % lanes == 0 && column % lanes == 0; };
-  const auto block = fits(16)  ? channels == 16 ? sample_block<16, 16> : sample_block<16, 0>
-                     : fits(8) ? channels == 8 ? sample_block<8, 8> : sample_block<8, 0>
-                     : fits(4) ? channels == 4 ? sample_block<4, 4> : sample_block<4, 0>
-                               : sample_block<0, 0>;
-  block(p, b, source, plan, channels, zeros, packed, bf16_elements(kPackedRows, depth), column);
-}
+#endif
 
-#else
+// Goes through the samples of a chunk, tap by tap, and tells the caches ahead.
+template <typename A, typename S>
+class Walk {
+ public:
+  MAFNET_INLINE explicit Walk(const Sampling<A, S>& s)
+      : s_(s), tap_(s.taps), taps_(s.count), i_(0) {}
 
-inline void sample(const ModulatedDeformConv2dParams&, const Block&, const Source<uint16_t>&,
-                   const Plan<float>&, int, const uint16_t*, uint16_t*, int, int) {}
+  MAFNET_INLINE const Sampling<A, S>& sampling() const { return s_; }
+  MAFNET_INLINE const Samples<A>& tap() const { return *tap_; }
+  MAFNET_INLINE int pixel() const { return i_; }
+
+  MAFNET_INLINE void next_pixel() { ++i_; }
+  MAFNET_INLINE bool is_behind_tap() const { return i_ == s_.pixels; }
+  // False where there is no next one.
+  MAFNET_INLINE bool next_tap() {
+    if (taps_ <= 1) return false;
+    --taps_;
+    ++tap_;
+    i_ = 0;
+    s_.next.next_tap();
+    return true;
+  }
+
+  // A line now and then: of many at once a CPU drops some.
+  MAFNET_INLINE void prefetch() const {
+    constexpr int kAhead = 48;
+    if (i_ % kChunk == 0) s_.next.prefetch(i_);
+    const bool in_next = i_ + kAhead >= s_.pixels;
+    const S* ahead = s_.corner(tap_[in_next], i_ + kAhead - (in_next ? s_.pixels : 0));
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + s_.row_stride);
+  }
+
+ private:
+  Sampling<A, S> s_;
+  const Samples<A>* tap_;
+  int taps_, i_;  // taps: that are left, with this one
+};
+
+// What a product does beside: some samples at each step, as many as keep pace with a product of 64
+// columns.
+template <typename L, int kChannels>
+class SamplerBeside {
+ public:
+  MAFNET_INLINE explicit SamplerBeside(const Sampling<float, float>& s)
+      : walk_(s), to_(s.columns) {}
+
+  // False where none is left.
+  MAFNET_INLINE bool take() {
+    if (walk_.is_behind_tap()) {
+      if (!walk_.next_tap()) return false;
+      to_ += kChannels - walk_.sampling().pixels * walk_.sampling().row;
+    }
+    walk_.prefetch();
+    take_sample<L>(walk_.sampling(), walk_.tap(), walk_.pixel(),
+                   std::integral_constant<int, kChannels>{}, to_);
+    walk_.next_pixel();
+    to_ += walk_.sampling().row;
+    return true;
+  }
+
+  MAFNET_INLINE void step() {
+    take();
+    if (kChannels < 8) take();
+  }
+
+ private:
+  Walk<float, float> walk_;
+  float* to_;
+};
+
+#if defined(MAFNET_HAS_BF16)
+
+template <int kChannels>
+class Bf16SamplerBeside {
+ public:
+  MAFNET_TARGET_BF16 MAFNET_INLINE explicit Bf16SamplerBeside(const Sampling<float, uint16_t>& s)
+      : walk_(s),
+        column_(0),
+        to_(s.columns),
+        tile_row_(bf16_elements(kPackedRows, static_cast<int>(s.row))) {}
+
+  MAFNET_TARGET_BF16 MAFNET_INLINE bool take() {
+    if (walk_.is_behind_tap()) {
+      if (!walk_.next_tap()) return false;
+      column_ += kChannels;
+      to_ = walk_.sampling().columns;
+    }
+    walk_.prefetch();
+    take_bf16_sample<kChannels, kChannels>(walk_.sampling(), walk_.tap(), walk_.pixel(), column_,
+                                           to_);
+    walk_.next_pixel();
+    to_ += walk_.pixel() % kPackedRows == 0 ? tile_row_ - (kPackedRows - 1) * kPackedDepth
+                                            : kPackedDepth;
+    return true;
+  }
+
+  MAFNET_TARGET_BF16 MAFNET_INLINE void step() {
+    take();
+    if (kChannels < 8) take();
+  }
+
+ private:
+  Walk<float, uint16_t> walk_;
+  int column_;
+  uint16_t* to_;
+  int64_t tile_row_;
+};
 
 #endif
 

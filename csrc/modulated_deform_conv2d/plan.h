@@ -1,9 +1,9 @@
 // Where a block of output pixels samples the input: positions, corners and weights of one tap.
 //
 // Cells of four pixels that lie wholly inside the image, nearly all, cost one address and four
-// weights. Pixels go in chunks of 16; a chunk with a sample that touches the outside chooses each
-// corner by itself, and what lies outside is read from a vector of zeros, so that it contributes
-// exactly 0 whatever the edge of the image holds.
+// weights. What lies outside is read as zeros, so that it contributes exactly 0 whatever the edge
+// of the image holds: in the forward pass they are around the image, in the backward pixels go in
+// chunks of 16, and one with a sample that touches the outside chooses each corner by itself.
 #pragma once
 
 #include <algorithm>
@@ -55,6 +55,22 @@ struct Plan {
   A slope[3][kMaxBlock];
 };
 
+// Where an image lies in a window: pixel (y, x) at first + y * row_stride + x * column_stride. Of
+// these rows, and of two above and below, all columns are there, and two more on either side; what
+// is not the image's is zero.
+struct Place {
+  RowRange rows;
+  int64_t first, row_stride, column_stride;
+};
+
+// What a forward pass keeps of a tap. It samples such a window, so that it chooses no corners.
+template <typename A>
+struct Samples {
+  int64_t first;                          // of the place
+  A weight[4][kMaxBlock];                 // as those of a plan
+  int row[kMaxBlock], column[kMaxBlock];  // of the corner (y, x)
+};
+
 // Where the pixels of a block begin; first of all for a block.
 template <typename A>
 void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& plan);
@@ -63,6 +79,32 @@ void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& p
 template <typename A>
 void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int64_t row_stride,
               int64_t column_stride, int plane, Plan<A>& plan);
+
+// The same for a forward pass, for some taps of an offset group.
+template <typename A>
+void plan_samples(const ModulatedDeformConv2dParams& p, const Block& b, const Place& place,
+                  int plane, int taps, Plan<A>& plan, Samples<A>* samples);
+
+// Where dy, dx and mask of a tap of a block lie, for the caches to be told of in time; null where
+// they do not lie in planes.
+struct PlaneLines {
+  // Of the line of a pixel.
+  MAFNET_INLINE void prefetch(int pixel) const {
+    __builtin_prefetch(offset + pixel * bytes);
+    __builtin_prefetch(offset + offset_plane + pixel * bytes);
+    __builtin_prefetch(mask + pixel * bytes);
+  }
+  MAFNET_INLINE void next_tap() {
+    offset += 2 * offset_plane;
+    mask += mask_plane;
+  }
+
+  const char *offset = nullptr, *mask = nullptr;
+  int64_t offset_plane = 0, mask_plane = 0;
+  int bytes = 0;  // of an element
+};
+
+PlaneLines plane_lines(const ModulatedDeformConv2dParams& p, const Block& b, int plane);
 
 // The rows that the samples of a block read, of all taps of an offset group; what lies outside the
 // image reads none.
