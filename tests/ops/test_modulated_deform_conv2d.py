@@ -246,7 +246,7 @@ def test_every_vector_level(level: str) -> None:
         "import torch; from mafnet_ops import modulated_deform_conv2d as deform\n"
         "from oracles import deform_conv2d_torch as by_torch\n"
         "torch.manual_seed(0)\n"
-        "for channels, groups in ((6, 1), (8, 1), (16, 1), (37, 1), (64, 4), (24, 2)):\n"
+        "for channels, groups in ((6, 1), (8, 1), (16, 1), (37, 1), (32, 8), (64, 4), (24, 2)):\n"
         "    x = torch.rand(1, channels, 9, 23); o = 6 * torch.rand(1, 18 * groups, 9, 23) - 3\n"
         "    m = torch.rand(1, 9 * groups, 9, 23); w = torch.rand(70, channels, 3, 3) / channels\n"
         "    t = [a.requires_grad_() for a in (x, o, m, w)]\n"
@@ -702,10 +702,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("offset_groups", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
-def test_deterministic_over_runs_and_threads(dtype: torch.dtype, two_threads: None) -> None:
-    # One offset group: with two threads the image is cut into bands.
-    case = Case(batch=3, channels=16, out_channels=16, size=(140, 19))
+def test_deterministic_over_runs_and_threads(
+    dtype: torch.dtype, offset_groups: int, two_threads: None
+) -> None:
+    # With two threads and one offset group the image is cut into bands; blocks that are sampled beside a product, of 4,
+    # 8 or 16 channels, are others.
+    case = Case(batch=3, channels=16, out_channels=16, size=(140, 19), offset_groups=offset_groups)
     tensors = case.tensors(dtype, reach=6)
     results = []
     for threads in (1, 1, 2, 3):
