@@ -280,7 +280,7 @@ def expected_gradients(
     return oracle(case, double(tensors), grad_output.double()), oracle(case, tensors, grad_output)
 
 
-def hold_output(actual: Tensor, case: Case, what: str = "") -> None:
+def assert_output(actual: Tensor, case: Case, what: str = "") -> None:
     """What the case's own tensors must give."""
     exact, baseline = expected_output(case, actual.dtype)
     if actual.dtype == DOUBLE:
@@ -289,7 +289,7 @@ def hold_output(actual: Tensor, case: Case, what: str = "") -> None:
         assert_as_accurate(actual, baseline, exact, f"{actual.dtype} {what}", case.terms)
 
 
-def hold_gradients(
+def assert_gradients(
     actual: dict[str, Tensor], case: Case, dtype: torch.dtype, what: str = ""
 ) -> None:
     """What the case's own tensors must give, with random_grad()."""
@@ -309,7 +309,7 @@ def check_forward(
 ) -> None:
     tensors = case.tensors(dtype)
     for order in orders:
-        hold_output(forward(kernels, case, tensors, order=order), case, order)
+        assert_output(forward(kernels, case, tensors, order=order), case, order)
 
 
 def check_backward(
@@ -326,7 +326,7 @@ def check_backward(
     for seed, order in enumerate(orders):
         options: dict[str, Any] = {"deterministic": deterministic, "order": order, "seed": seed}
         actual = backward(kernels, case, tensors, grad_output, **options)
-        hold_gradients(actual, case, dtype, order)
+        assert_gradients(actual, case, dtype, order)
         for name, grad in actual.items():
             if deterministic or name != "input":
                 assert_same(grad, first.setdefault(name, grad))
