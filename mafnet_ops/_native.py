@@ -43,6 +43,8 @@ class NativeOp:
     """Positions of the tensors whose first dimension counts images; the others are parameters."""
     added: tuple[int, ...] = ()
     """Positions of the tensors that are added to the output: its gradient is theirs, and ``backward`` is not asked."""
+    keeps_output: bool = True
+    """Whether ``backward`` reads the output. Where not it gets None, and the caller may write over the output."""
 
 
 OPS: dict[str, NativeOp] = {}
@@ -86,7 +88,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.name, ctx.options, *tensors = inputs
-        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_backward(output if OPS[ctx.name].keeps_output else None, *tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
@@ -128,7 +130,7 @@ def _run_backward(
     options: Options,
     needs: tuple[bool, ...],
     grad: Tensor,
-    output: Tensor,
+    output: Optional,
     *tensors: Optional,
 ) -> tuple[Tensor, ...]:
     op = OPS[name]

@@ -215,7 +215,7 @@ def _statistics_backward(
     return (torch.ops.mafnet_ops.channel_statistics_backward(grad, tensors[0], output),)
 
 
-def _scale_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
+def _scale_backward(grad: Tensor, tensors: Any, output: None, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.channel_scale_backward(grad, *tensors, *needs)
 
 
@@ -232,4 +232,5 @@ _native.OPS["channel_scale"] = _native.NativeOp(
     reference.channel_scale,
     2,
     (0, 1),
+    keeps_output=False,
 )

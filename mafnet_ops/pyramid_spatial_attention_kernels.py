@@ -279,12 +279,12 @@ def _pool_concat_conv_backward(
     return torch.ops.mafnet_ops.pool_concat_backward(grad_pooled, input), *rest
 
 
-def _pool_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
+def _pool_backward(grad: Tensor, tensors: Any, output: None, options: Any, needs: Any) -> _Grads:
     return (torch.ops.mafnet_ops.pool_concat_backward(grad, tensors[0]),)
 
 
 def _resize_backward(
-    grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any
+    grad: Tensor, tensors: Any, output: None, options: Any, needs: Any
 ) -> _Grads:
     input, other = tensors
     height, width = input.shape[2:]
@@ -304,7 +304,7 @@ def _resize_add_conv_backward(
     grad_total, *rest = torch.ops.mafnet_ops.pointwise_conv_backward(
         grad, total, weight, output, *options, needs[0] or needs[1], *needs[2:]
     )
-    grad_input = _resize_backward(grad_total, tensors[:2], total, (), needs)[0]
+    grad_input = _resize_backward(grad_total, tensors[:2], None, (), needs)[0]
     return grad_input, grad_total, *rest
 
 
@@ -325,7 +325,7 @@ def _conv_pool_conv_backward(
     return *first, *rest
 
 
-def _gate_backward(grad: Tensor, tensors: Any, output: Tensor, options: Any, needs: Any) -> _Grads:
+def _gate_backward(grad: Tensor, tensors: Any, output: None, options: Any, needs: Any) -> _Grads:
     return torch.ops.mafnet_ops.spatial_gate_backward(grad, *tensors, *options, *needs)
 
 
@@ -374,5 +374,12 @@ _PARTS: tuple[tuple[str, Any, Any, int, tuple[int, ...], tuple[int, ...]], ...] 
     ("resize_conv", _convolution_backward("resize_conv"), reference.resize_conv, 3, (0,), ()),
 )
 for _op, _backward, _reference, _count, _images, _added in _PARTS:
-    _forward = getattr(torch.ops.mafnet_ops, f"{_op}_forward")
-    _native.OPS[_op] = _native.NativeOp(_forward, _backward, _reference, _count, _images, _added)
+    _native.OPS[_op] = _native.NativeOp(
+        getattr(torch.ops.mafnet_ops, f"{_op}_forward"),
+        _backward,
+        _reference,
+        _count,
+        _images,
+        _added,
+        keeps_output=_op not in ("pool_concat", "resize_add", "spatial_gate"),
+    )

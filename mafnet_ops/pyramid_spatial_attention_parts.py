@@ -98,7 +98,9 @@ def pool_concat_conv(
     pooled = pool_concat(input)
     if kernel == 3:
         return resize_conv(pooled, weight, bias, pooled.shape[2:], negative_slope)
-    return F.leaky_relu(F.conv2d(pooled, weight, bias, padding=kernel // 2), negative_slope)
+    # Padded here: on fewer rows than its own padding oneDNN's gradient of a bf16 weight is garbage.
+    pooled = F.pad(pooled, (kernel // 2,) * 4)
+    return F.leaky_relu(F.conv2d(pooled, weight, bias), negative_slope)
 
 
 def pointwise_conv(

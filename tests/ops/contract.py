@@ -21,9 +21,6 @@ from mafnet_ops.pyramid_spatial_attention import LAYERS
 Size = tuple[int, int]
 
 
-THREADS = "the same bits for any number of threads"
-MATMUL = "PyTorch's matrix products split their sums by threads"
-
 
 @dataclass(frozen=True)
 class Contract:
@@ -266,6 +263,7 @@ CONTRACTS = (
             "self_attention_forward": lambda t: (*t, 1.0, []),
             "self_attention_backward": _attention_backward,
         },
+        refuses={"an output changed in place, as by an inplace ReLU": "backward reads the output"},
     ),
     Contract(
         "pyramid_spatial_attention",

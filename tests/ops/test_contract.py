@@ -212,6 +212,17 @@ def test_gradcheck(contract: Contract, device: str) -> None:
     )
 
 
+@feature("an output changed in place, as by an inplace ReLU")
+@ops
+def test_output_changed_in_place(contract: Contract) -> None:
+    """Backward does not read it."""
+    _skip_refused(contract, "an output changed in place, as by an inplace ReLU")
+    tensors = contract.tensors(1, (2, 3), torch.float64, "cpu")
+    expected = run(lambda *t: contract.call(*t) * 2, tensors)
+    for a, e in zip(run(lambda *t: contract.call(*t).mul_(2), tensors), expected):
+        assert_same(a, e)
+
+
 @feature("gradgradcheck")
 @ops
 @devices

@@ -214,6 +214,18 @@ def test_pool_concat_conv(kernel: int, slope: float) -> None:
         assert_same(bare, pool_concat_conv(image, weight, bias * 0, slope))
 
 
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_large_kernels_on_a_row_of_bfloat16(kernel: int) -> None:
+    """oneDNN's gradient of the weight, where a map of many channels has fewer rows than the padding."""
+    tensors = [uniform(1, 63, 1, 6), uniform(70, 126, kernel, kernel, seed=1)]
+
+    def grad_weight(dtype: torch.dtype) -> Tensor:
+        image, weight = (t.bfloat16().to(dtype).requires_grad_() for t in tensors)
+        return torch.autograd.grad(pool_concat_conv(image, weight).sum(), weight)[0]
+
+    assert_rounding_only(grad_weight(torch.bfloat16), grad_weight(torch.float64).bfloat16(), 3, 2)
+
+
 def test_resize_add_of_every_size() -> None:
     for small in ((1, 1), (1, 3), (4, 2), (5, 5)):
         for size in EVERY_SIZE:
@@ -755,6 +767,14 @@ def test_compile_fullgraph_in_one_launch(on_cuda: None) -> None:
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for a, e in zip(gradients(compiled, tensors), gradients(function, tensors)):
         assert_rounding_only(a, e, TERMS, 8)
+
+
+@pytest.mark.parametrize("part", [pool_concat, lambda x: resize_add(x[:, :, ::2], x)])
+def test_output_of_a_part_changed_in_place(part: Callable[[Tensor], Tensor]) -> None:
+    """As by an inplace ReLU: backward does not read it."""
+    image = uniform(1, 2, 5, 7).requires_grad_()
+    (expected,) = torch.autograd.grad((part(image) * 2).sum(), image)
+    assert_same(torch.autograd.grad(part(image).mul_(2).sum(), image)[0], expected)
 
 
 @native
