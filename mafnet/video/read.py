@@ -22,6 +22,7 @@ from .stream import Frame
 END_SLACK = 0.5
 # Containers whose header states the duration of the whole file, so that a missing end shows.
 DECLARING_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
+SEEK_BACK = 5  # seconds before a moment, where the key frame of it is looked for first
 ATTACHED_PICTURE = 1 << 10
 FAR_TICKS = 1 << 62  # beyond every time stamp; libav counts in 64 bits
 TRANSFERS_HDR = {16, 18}  # PQ and HLG, H.273
@@ -183,26 +184,47 @@ class VideoReader:
         return f"between {float(self.start or 0):g} s and {until} "
 
     def _decode(self) -> Iterator[Any]:
-        """Frames inside [start, end). All streams are demuxed, to see where the file ends."""
+        """Frames inside [start, end)."""
         first = self._origin + (self.start or 0)
         limit = None if self.end is None else self._origin + self.end
-        if self.start:
-            ticks = min(int(first / self._stream.time_base), FAR_TICKS)
+        for frame in self._decode_from(first) if self.start else self._decode_on():
+            time = self._time_of(frame)
+            if time is not None and limit is not None and time >= limit:
+                return
+            if time is None or not self.start or time >= first:
+                yield frame
+        self._check_end()
+
+    def _decode_from(self, first: Fraction) -> Iterator[Any]:
+        """Frames from one that is not after `first` on. A transport stream has no list of key frames: a seek may end
+        behind one, and nothing before the next is decoded."""
+        back = Fraction(0)
+        while True:
+            near = max(first - back, self._origin)
+            ticks = min(int(near / self._stream.time_base), FAR_TICKS)
             self._container.seek(ticks, stream=self._stream)
+            frames = self._decode_on()
+            head = next(frames, None)
+            time = None if head is None else self._time_of(head)
+            if near == self._origin or (head is not None and (time is None or time <= first)):
+                break
+            back = 2 * back + SEEK_BACK
+        if head is not None:
+            yield head
+        yield from frames
+
+    def _decode_on(self) -> Iterator[Any]:
+        """Frames from here on. All streams are demuxed, to see where the file ends."""
         try:
             for packet in self._container.demux():
                 self._watch(packet)
-                if packet.stream.index != self._stream.index:
-                    continue
-                for frame in self._decode_packet(packet):
-                    time = None if frame.pts is None else frame.pts * self._stream.time_base
-                    if time is not None and limit is not None and time >= limit:
-                        return
-                    if time is None or not self.start or time >= first:
-                        yield frame
+                if packet.stream.index == self._stream.index:
+                    yield from self._decode_packet(packet)
         except (av.FFmpegError, OSError) as error:
             self._damaged(f"reading stops at {self._last_end:.2f} s: {_cause(error)}")
-        self._check_end()
+
+    def _time_of(self, frame: Any) -> Fraction | None:
+        return None if frame.pts is None else frame.pts * self._stream.time_base
 
     def _decode_packet(self, packet: Any) -> Iterator[Any]:
         try:

@@ -132,6 +132,7 @@ class VideoWriter:
         except (av.FFmpegError, OSError) as error:
             raise self._write_error(error) from error
         self._copied.close()
+        self.notes += self._copied.repairs()
         self._check_frames()
 
     def abandon(self) -> None:
@@ -169,7 +170,12 @@ class VideoWriter:
             context.sample_aspect_ratio = info.sample_aspect_ratio
         if settings.threads:
             context.thread_count = settings.threads
+        if not self._knows_negative_times():
+            context.max_b_frames = 0  # their decoding begins before time 0; AVI has no other order
         return stream
+
+    def _knows_negative_times(self) -> bool:
+        return self.target.suffix.lower() in MOV_FAMILY | MATROSKA_FAMILY
 
     def _start(self) -> None:
         context = self._stream.codec_context
@@ -203,15 +209,25 @@ class VideoWriter:
         """frames out == frames in, each within one tick of its time stamp."""
         with open_container(self.path) as container:
             stream = container.streams.video[0]
-            found = array("q", (p.pts for p in container.demux(stream) if p.size))
+            found = [p.pts for p in container.demux(stream) if p.size]
             tick = stream.time_base
         if len(found) != len(self._written):
             raise VideoError(
                 f"{self.target}: {len(self._written)} frames went in, {len(found)} came out"
             )
+        if None in found:
+            raise VideoError(f"{self.target}: this container holds no time stamps")
+        found = array("q", sorted(found))
         given_tick = self._info.time_base
-        for index, (given, kept) in enumerate(zip(self._written, sorted(found))):
-            if abs(given * given_tick - kept * tick) > max(tick, given_tick):
+        later = Fraction(0)
+        if not self._knows_negative_times():
+            later = found[0] * tick - self._written[0] * given_tick
+        if later > max(tick, given_tick):
+            self.notes.append(
+                f"all streams begin {float(later):.3f} s later: this container knows no time before 0"
+            )
+        for index, (given, kept) in enumerate(zip(self._written, found)):
+            if abs(given * given_tick + later - kept * tick) > max(tick, given_tick):
                 raise VideoError(
                     f"{self.target}: frame {index} moved from {float(given * given_tick):.6f} s "
                     f"to {float(kept * tick):.6f} s; this container cannot hold its time stamps"
@@ -234,6 +250,8 @@ class CopiedStreams:
         self._output, self._shift, self._end = output, shift, end
         self._input = open_container(source)
         self._streams: dict[int, Any] = {}
+        self._last: dict[int, int] = {}  # DTS of the last packet
+        self._repaired: dict[int, int] = {}  # how many packets got another time stamp
         try:
             for stream in self._input.streams:
                 if stream.type == "video" or (stream.type == "audio" and not copy_audio):
@@ -252,9 +270,28 @@ class CopiedStreams:
             packet = self._next
             if seconds is not None and packet.dts * packet.time_base > seconds:
                 return
+            self._make_rising(packet)
             packet.stream = self._streams[packet.stream_index]
             self._output.mux(packet)
             self._next = next(self._packets, None)
+
+    def repairs(self) -> list[str]:
+        """What was repaired, for the notes."""
+        return [
+            f"stream {index}: {count} packets had no rising time stamp; repaired"
+            for index, count in self._repaired.items()
+        ]
+
+    def _make_rising(self, packet: Any) -> None:
+        """Muxers refuse a DTS that is not after the last one's."""
+        index = packet.stream_index
+        last = self._last.get(index)
+        if last is not None and packet.dts <= last:
+            packet.dts = last + 1
+            if packet.pts is not None:
+                packet.pts = max(packet.pts, packet.dts)
+            self._repaired[index] = self._repaired.get(index, 0) + 1
+        self._last[index] = packet.dts
 
     def close(self) -> None:
         self._input.close()

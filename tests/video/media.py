@@ -158,6 +158,15 @@ def rotate_mp4(path: Path, matrix: tuple[int, int, int, int]) -> None:
     path.write_bytes(data)
 
 
+def delay_matroska_packet(path: Path, packet: bytes, milliseconds: int) -> None:
+    """Add to the time stamp in front of a packet: 16 bits and a byte of flags."""
+    data = bytearray(path.read_bytes())
+    where = data.index(packet) - 3
+    (stamp,) = struct.unpack_from(">h", data, where)
+    struct.pack_into(">h", data, where, stamp + milliseconds)
+    path.write_bytes(data)
+
+
 def read_video(path: Path) -> tuple[list[np.ndarray], list[Fraction]]:
     """RGB frames, decoded without the tool's own colour conversion, and times in seconds."""
     frames, times = [], []

@@ -18,6 +18,7 @@ from video.media import (
     REORDERED,
     TICK,
     BoxNet,
+    delay_matroska_packet,
     make_video,
     packets,
     read_video,
@@ -106,6 +107,43 @@ def test_sound_is_copied_bit_by_bit(tmp_path: Path, source: str, target: str, co
         )
     ]
     assert max(map(abs, drift)) <= Fraction(1, 1000) + Fraction(1, 48000)
+
+
+@pytest.mark.parametrize("target", ["out.mkv", "out.mp4"])
+def test_audio_times_that_do_not_rise_are_repaired(tmp_path: Path, target: str) -> None:
+    """Muxers refuse them."""
+    make_video(tmp_path / "in.mkv", count=30, audio="aac")
+    before = packets(tmp_path / "in.mkv", "audio")
+    delay_matroska_packet(tmp_path / "in.mkv", before[7][0], -50)
+    report = run(tmp_path / "in.mkv", tmp_path / target)
+    after = packets(tmp_path / target, "audio")
+    assert [data for data, _ in after] == [data for data, _ in before]
+    late = Fraction(2, 1000) + Fraction(1, 48000)
+    assert all(
+        abs(a - b) <= late for (_, a), (_, b) in zip(after[:7] + after[8:], before[:7] + before[8:])
+    )
+    assert report.notes == ("stream 1: 1 packets had no rising time stamp; repaired",)
+
+
+def test_container_that_knows_no_time_before_0(tmp_path: Path) -> None:
+    """The first packet of AAC lies there: MPEG-TS lets all streams begin later, by the same time."""
+    make_video(tmp_path / "in.mkv", count=30, audio="aac", pixel_format="yuv420p")
+    report = run(tmp_path / "in.mkv", tmp_path / "out.ts")
+    (note,) = report.notes
+    assert note.startswith("all streams begin 0.021 s later")
+    starts = []
+    for name in ("in.mkv", "out.ts"):
+        _, times = read_video(tmp_path / name)
+        assert len(times) == 30
+        starts.append(times[0] - packets(tmp_path / name, "audio")[0][1])
+    assert abs(starts[1] - starts[0]) <= Fraction(2, 1000)
+
+
+def test_file_without_time_stamps(tmp_path: Path) -> None:
+    make_video(tmp_path / "in.mp4", count=3)
+    with pytest.raises(VideoError, match=r"out\.h264: this container holds no time stamps$"):
+        run(tmp_path / "in.mp4", tmp_path / "out.h264")
+    assert os.listdir(tmp_path) == ["in.mp4"]
 
 
 def test_audio_none_leaves_it_out(tmp_path: Path) -> None:
@@ -228,6 +266,16 @@ def test_start_and_end(tmp_path: Path) -> None:
     whole = packets(tmp_path / "in.mp4", "audio")
     assert [d for d, _ in sound] == [d for d, t in whole if 0.4 <= t < 1.2]
     assert 0 <= sound[0][1] < Fraction(1024, 48000)
+
+
+@pytest.mark.parametrize("container", ["ts", "mp4", "mkv", "avi"])
+def test_start_loses_no_frame(tmp_path: Path, container: str) -> None:
+    """MPEG-TS has no list of key frames, of which there is one in 25 here."""
+    source, target = tmp_path / f"in.{container}", tmp_path / "out.mp4"
+    make_video(source, count=60, options={"g": "25", "bf": "0"}, pixel_format="yuv420p")
+    for start, expected in ((0.2, 15), (1.6, 15)):
+        run(source, target, start=start, end=start + 0.6, overwrite=True)
+        assert len(read_video(target)[0]) == expected, start
 
 
 class FailingNet(BoxNet):
