@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mafnet_ops import __version__
+
 OWN_PACKAGES = ("mafnet", "mafnet_ops")
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mafnet", description="Video super-resolution with MAFnet: four times the size."
     )
+    parser.add_argument("--version", action="version", version=f"mafnet {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_upscale(commands)
     _add_demo(commands)

@@ -52,6 +52,8 @@ def main_eval(
     output: str | None = None,
 ) -> list[ClipScore]:
     """Measure ``model`` on every clip of ``folders`` (see :func:`clips_in`) and print a table."""
+    if output and not Path(output).parent.is_dir():
+        raise ConfigError(f"{output}: the folder {Path(output).parent} does not exist")
     net = MAFnet.from_pretrained(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if net.degradation != degradation:
         print(f"note: the weights were trained for {net.degradation}, measured on {degradation}")

@@ -71,13 +71,13 @@ def export_onnx(
         raise ExportError(
             f"--opset: expected at least {onnx_ops.OLDEST_OPSET}, the first with DeformConv, got {opset}"
         )
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"ONNX export needs {', '.join(missing)}: pip install 'mafnet[onnx]'")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise ExportError(f"{path}: is a folder; name the file")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX export needs {', '.join(missing)}: pip install 'mafnet[onnx]'")
     with onnx_ops.standard_ops(deform_conv):
         program = export_program(net, frames)
         model = torch.onnx.export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,17 +70,36 @@ def require_pixels(op: str, argument: str, value: Tensor) -> None:
         require(False, op, argument, "H and W of at least 1", tuple(value.shape))
 
 
+def require_layers(op: str, names: Sequence[str], weights: Any, biases: Any) -> list[Any]:
+    """(weight, bias or None) of each layer named; raise unless there is one of each for every layer."""
+    columns = []
+    for argument, values in (("weights", weights), ("biases", biases)):
+        iterable = isinstance(values, Iterable)
+        items = tuple(values) if iterable else ()
+        got = len(items) if iterable else type(values).__name__
+        require(len(items) == len(names), op, argument, f"{len(names)} tensors {names}", got)
+        columns.append(items)
+    return list(zip(*columns, strict=True))
+
+
 def require_convolution(
-    op: str, input: Tensor, tensors: dict[str, Tensor | None], shape: Sequence[int], form: str
+    op: str,
+    input: Tensor,
+    tensors: dict[str, Tensor | None],
+    shape: Sequence[int],
+    form: str,
+    first: str = "input",
 ) -> None:
-    """Raise unless ``tensors``, a weight of ``shape`` and its bias or None, go with ``input``."""
+    """Raise unless ``tensors``, a weight of ``shape`` and its bias or None, go with ``input``, called ``first``."""
     (weight_name, weight), (bias_name, bias) = tensors.items()
     require_tensor(op, weight_name, weight, 4)
     if bias is not None:
         require_tensor(op, bias_name, bias, 1)
-    require_same_device(op, "input", {"input": input, **tensors})
-    if autocast_dtype(input.device) is None:
-        require_same_dtype(op, "input", {"input": input, **tensors})
+    every = {first: input, **tensors}
+    require_same_device(op, first, every)
+    wide = any(t is not None and t.dtype == torch.float64 for t in every.values())
+    if wide or autocast_dtype(input.device) is None:  # which leaves fp64 alone
+        require_same_dtype(op, first, every)
     assert weight is not None
     require_shape(op, weight_name, weight, shape, form)
     if bias is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from ._autograd import Optional, fold_images, jvp_by_vjp, select, unfold, without_missing
 from ._checks import (
+    autocast_dtype,
     pair,
     require,
     require_same_device,
@@ -39,6 +40,20 @@ def pairs(geometry: Geometry) -> tuple[tuple[int, int], tuple[int, int], tuple[i
     return geometry[0:2], geometry[2:4], geometry[4:6]
 
 
+def as_autocast_wants(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three, which must be floating point, in the dtype of autocast; as they are beside an fp64 input."""
+    require_tensor(op, "input", input, 4)
+    require_tensor(op, "weight", weight, 4)
+    if bias is not None:
+        require_tensor(op, "bias", bias, 1)
+    low = autocast_dtype(input.device)
+    if low is None or input.dtype == torch.float64:
+        return input, weight, bias
+    return input.to(low), weight.to(low), None if bias is None else bias.to(low)
+
+
 def check_convolution(
     op: str,
     tensors: dict[str, Any],
@@ -52,11 +67,7 @@ def check_convolution(
     input, weight, bias, offset = (
         tensors[name] for name in ("input", "weight", "bias", coordinates)
     )
-    require_tensor(op, "input", input, 4)
     require_tensor(op, coordinates, offset, 4)
-    require_tensor(op, "weight", weight, 4)
-    if bias is not None:
-        require_tensor(op, "bias", bias, 1)
     require_same_device(op, "input", tensors)
     require_same_dtype(op, "input", {"input": input, "weight": weight, "bias": bias})
 

@@ -25,7 +25,7 @@ class SecondOrderDeformAlign(DeformAlign):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         deform_groups: int = 16,
         max_residue_magnitude: float = 10.0,
         feature_channels: int | None = None,
@@ -34,10 +34,7 @@ class SecondOrderDeformAlign(DeformAlign):
         super().__init__(
             in_channels, out_channels, kernel_size, max_residue_magnitude=max_residue_magnitude
         )
-        expected = f"a multiple of deform_groups = {deform_groups}"
-        require(
-            in_channels % deform_groups == 0, "deform_align", "in_channels", expected, in_channels
-        )
+        _require_groups(in_channels, deform_groups)
         widths = [feature_channels or 3 * out_channels, *[out_channels] * 3]
         widths[0] += 4  # the flows
         layers: list[nn.Module] = []
@@ -67,7 +64,7 @@ class ModulatedDeformConv2dPack(DeformAlign):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         stride: int | Sequence[int] = 1,
         padding: int | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
@@ -86,6 +83,7 @@ class ModulatedDeformConv2dPack(DeformAlign):
             dilation=dilation,
             bias=bias,
         )
+        _require_groups(in_channels, deform_groups)
         taps = self.kernel_size[0] * self.kernel_size[1]
         self.conv_offset = nn.Conv2d(
             in_channels,
@@ -100,6 +98,12 @@ class ModulatedDeformConv2dPack(DeformAlign):
     def forward(self, input: Tensor, features: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Offsets and masks are predicted from ``features``, by default from the input itself."""
         return super().forward(input, self.conv_offset(input if features is None else features))
+
+
+def _require_groups(in_channels: int, deform_groups: int) -> None:
+    require(deform_groups >= 1, "deform_align", "deform_groups", "an int >= 1", deform_groups)
+    expected = f"a multiple of deform_groups = {deform_groups}"
+    require(in_channels % deform_groups == 0, "deform_align", "in_channels", expected, in_channels)
 
 
 def _zero(layer: nn.Conv2d) -> None:

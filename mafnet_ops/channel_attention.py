@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from . import _library, _native, reference
 from ._autograd import empty_like_input
-from ._checks import require, require_convolution, require_pixels, require_shape, require_tensor
+from ._checks import (
+    require,
+    require_convolution,
+    require_layers,
+    require_pixels,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
 
 _OP = "channel_attention"
 LAYERS = ("mean_in", "mean_out", "max_in", "max_out")
@@ -69,22 +77,23 @@ def channel_attention(
     """
     require_tensor(_OP, "input", input, 4)
     require_pixels(_OP, "input", input)
-    count = len(LAYERS)
-    require(len(weights) == count, _OP, "weights", f"{count} tensors {LAYERS}", len(weights))
-    require(len(biases) == count, _OP, "biases", f"{count} tensors or None", len(biases))
+    pairs = require_layers(_OP, LAYERS, weights, biases)
     for i, name in enumerate(LAYERS):
-        _require_layer(input, name, weights[i], biases[i], None if i % 2 == 0 else weights[i - 1])
+        _require_layer(input, name, *pairs[i], None if i % 2 == 0 else pairs[i - 1][0])
     if statistics is None:
         statistics = channel_statistics(input)
     else:
-        shape = input.shape[:2]
+        both = isinstance(statistics, (tuple, list)) and len(statistics) == 2
+        require(both, _OP, "statistics", "(mean, max)", type(statistics).__name__)
         for name, value in zip(("mean", "max"), statistics, strict=True):
-            require_tensor(_OP, f"statistics[{name}]", value, 2)
-            require_shape(_OP, f"statistics[{name}]", value, shape, "(N, C)")
+            argument = f"statistics[{name}]"
+            require_tensor(_OP, argument, value, 2)
+            require_same_device(_OP, "input", {"input": input, argument: value})
+            require_shape(_OP, argument, value, input.shape[:2], "(N, C)")
     compute = reference.coordinate_dtype(
         input.dtype
     )  # a few numbers: half precision would save nothing
-    layers = [_on_one_pixel(w, b, compute) for w, b in zip(weights, biases, strict=True)]
+    layers = [_on_one_pixel(w, b, compute) for w, b in pairs]
     mean, maximum = (value.to(compute) for value in statistics)
     from_mean = F.linear(F.relu(F.linear(mean, *layers[0])), *layers[1])
     from_max = F.linear(F.relu(F.linear(maximum, *layers[2])), *layers[3])
@@ -140,7 +149,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         require(channels >= 1, "ChannelAttention", "channels", "an int >= 1", channels)
         require(reduction >= 1, "ChannelAttention", "reduction", "an int >= 1", reduction)
-        require(kernel % 2 == 1, "ChannelAttention", "kernel", "an odd int", kernel)
+        require(kernel % 2 == 1 and kernel > 0, "ChannelAttention", "kernel", "an odd int", kernel)
         inner = max(channels // reduction, 1)
 
         def layers() -> nn.Sequential:

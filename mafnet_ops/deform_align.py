@@ -12,10 +12,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 from ._autograd import empty_like_input
-from ._checks import autocast_dtype, number, require, require_shape, require_tensor
+from ._checks import number, pair, require, require_shape, require_tensor
 from ._deformable import (
     GEOMETRY_SCHEMA,
     Geometry,
+    as_autocast_wants,
     check_convolution,
     coordinates,
     make_functions,
@@ -67,10 +68,7 @@ def deform_align(
             ``max_residue_magnitude`` that is NaN.
         TypeError: a dtype that is not floating point.
     """
-    low = autocast_dtype(input.device) if isinstance(input, Tensor) else None
-    if low is not None and input.dtype != torch.float64:
-        input, weight = input.to(low), weight.to(low)
-        bias = None if bias is None else bias.to(low)
+    input, weight, bias = as_autocast_wants(_OP, input, weight, bias)
     geometry = _check(input, raw, weight, bias, flow_1, flow_2, parts, (stride, padding, dilation))
     raw = coordinates(_OP, "raw", raw, input)
     flow_1 = None if flow_1 is None else coordinates(_OP, "flow_1", flow_1, input)
@@ -245,7 +243,7 @@ class DeformAlign(ModulatedDeformConv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         groups: int = 1,
         max_residue_magnitude: float | None = 10.0,
         parts: int = 1,
@@ -255,10 +253,10 @@ class DeformAlign(ModulatedDeformConv2d):
         bias: bool = True,
     ) -> None:
         """``padding``: by default half of the kernel. The others are as in :func:`deform_align`."""
-        padding = kernel_size // 2 if padding is None else padding
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
-        )
+        kernel = pair(_OP, "kernel_size", kernel_size, 1)
+        padding = (kernel[0] // 2, kernel[1] // 2) if padding is None else padding
+        require(isinstance(parts, int) and parts > 0, _OP, "parts", "an int >= 1", parts)
+        super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
         self.max_residue_magnitude = max_residue_magnitude
         self.parts = parts
 

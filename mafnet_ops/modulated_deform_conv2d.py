@@ -12,10 +12,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 from ._autograd import empty_like_input, memory_format_of
-from ._checks import autocast_dtype, pair, require, require_shape, require_tensor
+from ._checks import pair, require, require_shape, require_tensor
 from ._deformable import (
     GEOMETRY_SCHEMA,
     Geometry,
+    as_autocast_wants,
     check_convolution,
     coordinates,
     make_functions,
@@ -76,10 +77,7 @@ def modulated_deform_conv2d(
         TypeError: a dtype that is not floating point, weight or bias in another dtype than input, or fp64 offset or
             mask beside an input of lower precision, which would be rounded silently.
     """
-    low = autocast_dtype(input.device) if isinstance(input, Tensor) else None
-    if low is not None and input.dtype != torch.float64:
-        input, weight = input.to(low), weight.to(low)
-        bias = None if bias is None else bias.to(low)
+    input, weight, bias = as_autocast_wants(_OP, input, weight, bias)
     geometry = _check(input, offset, mask, weight, bias, stride, padding, dilation)
     offset = coordinates(_OP, "offset", offset, input)
     mask = None if mask is None else coordinates(_OP, "mask", mask, input)

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ._checks import require, require_convolution, require_pixels, require_tensor
+from ._checks import (
+    require,
+    require_convolution,
+    require_layers,
+    require_pixels,
+    require_tensor,
+)
 from .pyramid_spatial_attention_parts import (
     conv_pool_conv,
     pointwise_conv,
     pool_concat_conv,
-    require_slope,
+    require_gate,
     resize_add_conv,
     resize_conv,
     spatial_gate,
@@ -52,20 +58,14 @@ def pyramid_spatial_attention(
     """
     require_tensor(_OP, "input", input, 4)
     require_pixels(_OP, "input", input)
-    require(
-        len(weights) == len(LAYERS), _OP, "weights", f"{len(LAYERS)} tensors {LAYERS}", len(weights)
-    )
-    require(
-        len(biases) == len(LAYERS), _OP, "biases", f"{len(LAYERS)} tensors or None", len(biases)
-    )
-    for name, weight, bias in zip(LAYERS, weights, biases, strict=True):
+    layers = dict(zip(LAYERS, require_layers(_OP, LAYERS, weights, biases), strict=True))
+    for name, (weight, bias) in layers.items():
         inputs = 2 * input.shape[1] if name.startswith("pool") else input.shape[1]
         kernel = 3 if name in ("pool_2", "conv_2", "mask") else 1
         shape = (input.shape[1], inputs, kernel, kernel)
         tensors = {f"weights[{name}]": weight, f"biases[{name}]": bias}
         require_convolution(_OP, input, tensors, shape, "(C_out, C_in, k, k)")
-    require_slope(_OP, negative_slope)
-    layers = dict(zip(LAYERS, zip(weights, biases, strict=True), strict=True))
+    require_gate(_OP, scale, negative_slope, mask_from)
 
     feature_1 = conv_pool_conv(input, layers["reduce"], layers["pool_1"], negative_slope)
     level_2 = pointwise_conv(feature_1, *layers["level_2"], negative_slope)
@@ -81,9 +81,8 @@ class PyramidSpatialAttention(nn.Module):
 
     def __init__(self, channels: int, scale: float = 2.0, mask_from: str = "m") -> None:
         super().__init__()
-        require(
-            mask_from in ("m", "feature"), _OP, "mask_from", "'m' or 'feature'", repr(mask_from)
-        )
+        require(channels >= 1, _OP, "channels", "an int >= 1", channels)
+        require_gate(_OP, scale, 0, mask_from)
         self.scale = scale
         self.mask_from = mask_from
         self.reduce = nn.Conv2d(channels, channels, 1)

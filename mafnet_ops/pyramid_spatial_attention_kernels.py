@@ -283,9 +283,7 @@ def _pool_backward(grad: Tensor, tensors: Any, output: None, options: Any, needs
     return (torch.ops.mafnet_ops.pool_concat_backward(grad, tensors[0]),)
 
 
-def _resize_backward(
-    grad: Tensor, tensors: Any, output: None, options: Any, needs: Any
-) -> _Grads:
+def _resize_backward(grad: Tensor, tensors: Any, output: None, options: Any, needs: Any) -> _Grads:
     input, other = tensors
     height, width = input.shape[2:]
     if needs[0]:

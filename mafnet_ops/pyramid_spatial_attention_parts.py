@@ -33,6 +33,13 @@ def require_slope(op: str, negative_slope: float) -> None:
     )
 
 
+def require_gate(op: str, scale: float, negative_slope: float, mask_from: str) -> None:
+    """Raise for options that :func:`spatial_gate` does not have."""
+    number(op, "scale", scale)
+    require_slope(op, negative_slope)
+    require(mask_from in ("m", "feature"), op, "mask_from", "'m' or 'feature'", repr(mask_from))
+
+
 def _low(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast wants the arguments of a convolution: all but fp64 in its dtype."""
     first = tensors[0]
@@ -205,10 +212,8 @@ def spatial_gate(
     require_same_device(op, "input", {"input": input, "mask": mask})
     require_shape(op, "mask", mask, input.shape, "the shape of input")
     shape = (input.shape[1], input.shape[1], 1, 1)
-    require_convolution(op, mask, {"weight": weight, "bias": bias}, shape, "(C, C, 1, 1)")
-    require(mask_from in ("m", "feature"), op, "mask_from", "'m' or 'feature'", repr(mask_from))
-    scale = number(op, "scale", scale)
-    require_slope(op, negative_slope)
+    require_convolution(op, mask, {"weight": weight, "bias": bias}, shape, "(C, C, 1, 1)", "mask")
+    require_gate(op, scale, negative_slope, mask_from)
     if not is_native(input):
         return reference.spatial_gate(input, mask, weight, bias, scale, negative_slope, mask_from)
     tensors: Any = (input, *_low(mask, weight, bias))
@@ -216,5 +221,5 @@ def spatial_gate(
     if wide != narrow and (wide != torch.float32 or narrow == torch.float64):
         dtype = torch.promote_types(wide, narrow)
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-    options = scale, float(negative_slope), mask_from == "feature"
+    options = float(scale), float(negative_slope), mask_from == "feature"
     return _native.call(op, tensors, options)

@@ -36,6 +36,7 @@ class TemporalSpatialAttention(nn.Module):
 
     def __init__(self, channels: int = 64, frames: int = 5, center: int = 2) -> None:
         super().__init__()
+        require(channels >= 1, _OP, "channels", "an int >= 1", channels)
         require(0 <= center < frames, _OP, "center", f"an index of {frames} frames", center)
         self.center_frame_idx = center
 

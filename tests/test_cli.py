@@ -20,6 +20,7 @@ import mafnet.evaluate
 import mafnet.train
 import mafnet.video
 import mafnet.video.run
+import mafnet_ops
 from mafnet.cli import _threads, _time, main
 from mafnet.data.degrade import bd_downscale, bi_downscale
 from mafnet.video import EncodeSettings, UpscaleOptions, UpscaleReport
@@ -40,6 +41,13 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     stderr = capsys.readouterr().err
     assert re.fullmatch(r"mafnet: error: [^\n]+\n", stderr), stderr
     return stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"mafnet {mafnet_ops.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -117,6 +125,8 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("degrade none -o out", "none: no such folder"),
         ("degrade . -o out", ".: no image in this folder"),
         ("metrics none none", "none: no such folder"),
+        ("export --onnx no/x.onnx", "no/x.onnx: the folder no does not exist"),
+        ("eval . -o no/scores.json", "no/scores.json: the folder no does not exist"),
     ],
 )
 def test_one_line_for_what_users_get_wrong(

@@ -21,7 +21,6 @@ from mafnet_ops.pyramid_spatial_attention import LAYERS
 Size = tuple[int, int]
 
 
-
 @dataclass(frozen=True)
 class Contract:
     """One public op at small, fixed channel counts."""

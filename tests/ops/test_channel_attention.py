@@ -376,6 +376,14 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "statistics[max]: expected (N, C) = (2, 3), got (2, 4)",
     ),
+    (dict(statistics=_X.mean((2, 3))), ValueError, "statistics: expected (mean, max), got Tensor"),
+    (dict(statistics=(_X[:, :, 0, 0],)), ValueError, "statistics: expected (mean, max), got tuple"),
+    (
+        dict(statistics=(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3))),
+        ValueError,
+        "statistics[mean]: expected device cpu as input, got meta",
+    ),
+    (dict(weights=None), ValueError, f"weights: expected 4 tensors {LAYERS}, got NoneType"),
 ]
 
 

@@ -8,6 +8,7 @@ compilation, errors.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -429,11 +430,12 @@ def _wrong(contract: Contract) -> Iterator[tuple[str, list[Any], type[Exception]
 
 @feature("one clear error for each wrong argument")
 @ops
-def test_errors(contract: Contract) -> None:
-    """Op, argument, what was expected, what came."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_errors(contract: Contract, autocast: bool) -> None:
+    """Op, argument, what was expected, what came; autocast makes no floating point of what is none."""
     message = re.compile(rf"{contract.op}: [a-z0-9_\[\]]+: expected .+, got .+", re.DOTALL)
     for what, arguments, kind in _wrong(contract):
-        with pytest.raises(kind) as caught:
+        with torch.autocast("cpu", torch.bfloat16, autocast), pytest.raises(kind) as caught:
             contract.call(*arguments)
         assert message.fullmatch(str(caught.value)), f"{what}: {caught.value}"
 
@@ -458,12 +460,27 @@ def test_errors_of_options(op: str, argument: str, wrong: object) -> None:
         getattr(mafnet_ops, op)(*tensors, **{argument: wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"groups": 0}, {"in_channels": 0}, {"out_channels": 0}])
-def test_errors_of_a_module(wrong: dict[str, int]) -> None:
-    sizes = {"in_channels": 4, "out_channels": 4, **wrong}
-    (name,) = wrong
-    with pytest.raises(ValueError, match=f"^modulated_deform_conv2d: {name}: expected .*, got 0$"):
-        mafnet_ops.ModulatedDeformConv2d(**sizes)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (mafnet_ops.ModulatedDeformConv2d, "groups"),
+        (mafnet_ops.ModulatedDeformConv2d, "in_channels"),
+        (mafnet_ops.ModulatedDeformConv2d, "out_channels"),
+        (mafnet_ops.DeformAlign, "kernel_size"),
+        (mafnet_ops.DeformAlign, "parts"),
+        (mafnet_ops.SecondOrderDeformAlign, "deform_groups"),
+        (mafnet_ops.ModulatedDeformConv2dPack, "deform_groups"),
+        (mafnet_ops.SelfAttention, "channels"),
+        (mafnet_ops.SelfAttention, "window"),
+        (mafnet_ops.PyramidSpatialAttention, "channels"),
+        (mafnet_ops.TemporalSpatialAttention, "channels"),
+    ],
+)
+def test_errors_of_a_module(module: Callable[..., object], name: str) -> None:
+    deformable = "in_channels" in inspect.signature(module).parameters
+    sizes = {"in_channels": 4, "out_channels": 4} if deformable else {"channels": 4}
+    with pytest.raises(ValueError, match=rf"^\w+: {name}: expected .*, got 0$"):
+        module(**{**sizes, name: 0})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import align_offsets_loop, deform_conv2d_loop, deform_conv2d_torch
+from strategies import uniform
 from tolerances import assert_as_accurate, assert_rounding_only, assert_same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -578,3 +579,10 @@ def test_init_identity_needs_as_many_channels_out_as_in() -> None:
     message = r"^deform_align: out_channels: expected in_channels, got 4$"
     with pytest.raises(ValueError, match=message):
         DeformAlign(8, 4).init_identity()
+
+
+def test_kernel_of_two_sizes_keeps_the_size_of_the_map() -> None:
+    module = DeformAlign(4, 6, (1, 5)).double()
+    assert module.padding == (0, 2)
+    raw = uniform(1, 3 * 5, 4, 7)
+    assert module(uniform(1, 4, 4, 7, seed=1), raw).shape == (1, 6, 4, 7)

@@ -1046,6 +1046,10 @@ PYRAMID_ERRORS = [
         ValueError,
         "biases[pool_1]: expected (C_out,) = (3,), got (2,)",
     ),
+    (dict(weights=None), ValueError, f"weights: expected 8 tensors {LAYERS}, got NoneType"),
+    (dict(biases=3), ValueError, f"biases: expected 8 tensors {LAYERS}, got int"),
+    (dict(scale=None), TypeError, "scale: expected a number, got None"),
+    (dict(mask_from="x"), ValueError, "mask_from: expected 'm' or 'feature', got 'x'"),
 ]
 
 
@@ -1056,6 +1060,12 @@ def test_errors(changed: dict[str, Any], error: type[Exception], message: str) -
     given = {"input": _X, "weights": WEIGHTS, "biases": BIASES, **changed}
     with pytest.raises(error, match=f"^pyramid_spatial_attention: {re.escape(message)}$"):
         pyramid_spatial_attention(**given)
+
+
+def test_fp64_beside_what_autocast_lowers_is_refused() -> None:
+    message = r"^pyramid_spatial_attention: weights\[add\]: expected dtype torch.float32 as input"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+        pyramid_spatial_attention(_X, replaced(WEIGHTS, 5, _W.double()), BIASES)
 
 
 # -------------------------------------------------------------------------------------------- module
