@@ -70,14 +70,16 @@ def require_pixels(op: str, argument: str, value: Tensor) -> None:
         require(False, op, argument, "H and W of at least 1", tuple(value.shape))
 
 
-def require_layers(op: str, names: Sequence[str], weights: Any, biases: Any) -> list[Any]:
+def require_layers(
+    op: str, names: Sequence[str], weights: Any, biases: Any
+) -> list[tuple[Tensor, Tensor | None]]:
     """(weight, bias or None) of each layer named; raise unless there is one of each for every layer."""
     columns = []
-    for argument, values in (("weights", weights), ("biases", biases)):
+    for argument, values, what in (("weights", weights, names), ("biases", biases, "or None")):
         iterable = isinstance(values, Iterable)
         items = tuple(values) if iterable else ()
         got = len(items) if iterable else type(values).__name__
-        require(len(items) == len(names), op, argument, f"{len(names)} tensors {names}", got)
+        require(len(items) == len(names), op, argument, f"{len(names)} tensors {what}", got)
         columns.append(items)
     return list(zip(*columns, strict=True))
 

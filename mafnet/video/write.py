@@ -209,15 +209,15 @@ class VideoWriter:
         """frames out == frames in, each within one tick of its time stamp."""
         with open_container(self.path) as container:
             stream = container.streams.video[0]
-            found = [p.pts for p in container.demux(stream) if p.size]
+            packets = [p.pts for p in container.demux(stream) if p.size]
             tick = stream.time_base
-        if len(found) != len(self._written):
+        if len(packets) != len(self._written):
             raise VideoError(
-                f"{self.target}: {len(self._written)} frames went in, {len(found)} came out"
+                f"{self.target}: {len(self._written)} frames went in, {len(packets)} came out"
             )
-        if None in found:
+        if None in packets:
             raise VideoError(f"{self.target}: this container holds no time stamps")
-        found = array("q", sorted(found))
+        found = sorted(packets)
         given_tick = self._info.time_base
         later = Fraction(0)
         if not self._knows_negative_times():

@@ -1047,7 +1047,7 @@ PYRAMID_ERRORS = [
         "biases[pool_1]: expected (C_out,) = (3,), got (2,)",
     ),
     (dict(weights=None), ValueError, f"weights: expected 8 tensors {LAYERS}, got NoneType"),
-    (dict(biases=3), ValueError, f"biases: expected 8 tensors {LAYERS}, got int"),
+    (dict(biases=3), ValueError, "biases: expected 8 tensors or None, got int"),
     (dict(scale=None), TypeError, "scale: expected a number, got None"),
     (dict(mask_from="x"), ValueError, "mask_from: expected 'm' or 'feature', got 'x'"),
 ]
