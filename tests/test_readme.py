@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import mafnet_ops
+from mafnet.config import from_dict, load_toml
+from mafnet.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,15 +25,17 @@ PAGES = [
 ]
 
 
-def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-BLOCKS = [
-    pytest.param(block, id=f"{page}-{index}")
-    for page in PAGES
-    for index, block in enumerate(python_blocks(page))
-]
+def each_block(language: str) -> pytest.MarkDecorator:
+    every = [
+        pytest.param(block, id=f"{page}-{index}")
+        for page in PAGES
+        for index, block in enumerate(blocks(page, language))
+    ]
+    return pytest.mark.parametrize("block", every)
 
 
 def quality_table() -> ModuleType:
@@ -49,7 +53,7 @@ def check_names(*libraries: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@each_block("python")
 def test_python_examples_run_and_say_the_right_shapes(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,8 +68,15 @@ def test_python_examples_run_and_say_the_right_shapes(
         assert tuple(names[name].shape) == eval(shape), name  # type: ignore[attr-defined]
 
 
+@each_block("toml")
+def test_recipes_can_be_trained(block: str, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(block)
+    config = from_dict(TrainConfig, load_toml(tmp_path / "my.toml"), "my.toml")
+    assert config.stages
+
+
 def test_there_are_examples_for_ops_and_network() -> None:
-    assert len(python_blocks(Path("README.md"))) >= 2
+    assert len(blocks(Path("README.md"), "python")) >= 2
     assert "from mafnet_ops import" in README and "from mafnet import MAFnet" in README
     assert "make demo" in README and "make test" in README
 

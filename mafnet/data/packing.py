@@ -76,7 +76,7 @@ def _check(config: DataConfig, photos: list[Path]) -> None:
     if config.synthetic_clips and not photos:
         raise DataError(
             f"DataConfig: photos: expected photos to make {config.synthetic_clips} synthetic clips "
-            "from, got none"
+            "from, or synthetic_clips = 0, got none"
         )
     if not (photos or config.videos or config.graphics_clips):
         raise DataError("DataConfig: expected photos, videos or graphics_clips, got none of them")

@@ -438,7 +438,7 @@ def test_damaged_packs_are_named(inputs: Path, tmp_path: Path) -> None:
     [
         ({"photos": ("{}/none",)}, "photos: .*none: .*found none"),
         ({"videos": (VideoSource("{}/none.mp4"),)}, r"videos: .*none\.mp4: expected a file"),
-        ({"photos": ()}, "photos: expected photos to make 4 synthetic clips"),
+        ({"photos": ()}, "4 synthetic clips from, or synthetic_clips = 0, got none"),
         ({"photos": (), "videos": (), "synthetic_clips": 0, "graphics_clips": 0}, "none of them"),
         ({"photos": ("{}/bad.png",)}, r"bad\.png: cannot be read"),
         ({"photos": ("{}/tiny.png",)}, rf"tiny\.png: .* at least {2 * SIDE} .* got 170x159"),
