@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import torch
 
 from . import _library
 from ._version import __version__
+
+SIMD_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")  # as csrc/common/cpu_simd.cpp
 
 # `python -m` finds this module imported by its package already, and would say so.
 warnings.filterwarnings("ignore", message=r".*mafnet_ops\.doctor.* found in sys\.modules")
@@ -84,12 +87,25 @@ def _facts() -> tuple[tuple[str, str], ...]:
         ("torch", f"{torch.__version__} ({torch.get_num_threads()} threads)"),
         ("torch CUDA", torch.version.cuda or "none: a build for the CPU"),
         ("CUDA device", _cuda_device()),
-        ("CPU vectors", torch.backends.cpu.get_cpu_capability()),
+        ("CPU vectors", _vectors()),
         ("_C", _library.LOAD_ERRORS["cpu"] or "loaded"),
         ("_C_cuda", _library.LOAD_ERRORS["cuda"] or "loaded"),
         ("C++ compiler", _first_line("g++", "c++", "clang++")),
         ("nvcc", _last_line("nvcc")),
     )
+
+
+def _vectors() -> str:
+    """What the CPU has, and whether MAFNET_SIMD takes some of it away."""
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    products = [name for name in ("avx512_bf16", "amx_bf16") if known.get(name)]
+    text = ", ".join([torch.backends.cpu.get_cpu_capability(), *products])
+    wish = os.environ.get("MAFNET_SIMD")
+    if wish is None:
+        return text
+    if wish not in SIMD_LEVELS:
+        return f"{text}; MAFNET_SIMD={wish} is ignored, it is none of {', '.join(SIMD_LEVELS)}"
+    return f"{text}; {wish} at most, by MAFNET_SIMD"
 
 
 def _cuda_device() -> str:

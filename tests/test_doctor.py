@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +92,15 @@ def test_broken_extension_keeps_the_loaders_words(unbuilt: Path) -> None:
     assert done.returncode == 0
     assert "_C.abi3.so does not load: " in done.stdout
     assert "file too short" in done.stdout or "invalid ELF header" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ("avx2", "; avx2 at most, by MAFNET_SIMD"),
+        ("avx-2", "; MAFNET_SIMD=avx-2 is ignored, it is "),
+    ],
+)
+def test_lowered_vectors(wish: str, said: str) -> None:
+    (line,) = re.findall("CPU vectors.*", run_doctor(PACKAGE.parent, MAFNET_SIMD=wish).stdout)
+    assert said in line

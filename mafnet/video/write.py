@@ -25,6 +25,7 @@ MOV_FAMILY = {".mp4", ".mov", ".m4v"}
 MAX_MOVIE_TIMESCALE = 1_000_000
 # The first packet of AAC or Opus lies before time 0, for which their muxer would move all streams.
 MATROSKA_FAMILY = {".mkv", ".webm"}
+TIMES_NONSTRICT = 1 << 17  # AVFMT_TS_NONSTRICT: equal DTS are right
 COPIED_KINDS = {"audio", "subtitle"}
 # Described by the muxer itself, or true of the source file only.
 OWN_METADATA = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
@@ -250,6 +251,8 @@ class CopiedStreams:
         self._output, self._shift, self._end = output, shift, end
         self._input = open_container(source)
         self._streams: dict[int, Any] = {}
+        # Ticks from one packet to the next, at least; two subtitles may begin together.
+        self._step = 0 if output.format.flags & TIMES_NONSTRICT else 1
         self._last: dict[int, int] = {}  # DTS of the last packet
         self._repaired: dict[int, int] = {}  # how many packets got another time stamp
         try:
@@ -283,11 +286,11 @@ class CopiedStreams:
         ]
 
     def _make_rising(self, packet: Any) -> None:
-        """Muxers refuse a DTS that is not after the last one's."""
+        """Muxers refuse a DTS before the last one's, some an equal one too."""
         index = packet.stream_index
-        last = self._last.get(index)
-        if last is not None and packet.dts <= last:
-            packet.dts = last + 1
+        least = self._last.get(index, packet.dts - self._step) + self._step
+        if packet.dts < least:
+            packet.dts = least
             if packet.pts is not None:
                 packet.pts = max(packet.pts, packet.dts)
             self._repaired[index] = self._repaired.get(index, 0) + 1

@@ -34,6 +34,8 @@ LOSSLESS = EncodeSettings(crf=0, preset="ultrafast")
 QUIET = UpscaleOptions(progress=False, encode=LOSSLESS)
 VFR = [0, 512, 700, 701, 2000, 4000, 4100, 9000, 9512, 12000]
 
+WORDS = ("Hello", "together")
+
 # Two float conversions and two roundings to 8 bits lie between source and result; each code of Y is
 # worth 255/219 levels of RGB and each of Cb, Cr up to 1.8556 * 255/224 (BT.709 blue).
 ONE_CODE = 255 / 219 + 1.8556 * 255 / 224
@@ -161,7 +163,8 @@ def test_audio_that_the_container_cannot_hold(tmp_path: Path) -> None:
 
 def test_subtitles_chapters_and_metadata(tmp_path: Path) -> None:
     make_video(tmp_path / "plain.mkv")
-    (tmp_path / "text.srt").write_text("1\n00:00:00,100 --> 00:00:00,300\nHello\n\n")
+    lines = (f"{i}\n00:00:00,100 --> 00:00:00,300\n{word}\n\n" for i, word in enumerate(WORDS))
+    (tmp_path / "text.srt").write_text("".join(lines))
     with (
         av.open(str(tmp_path / "plain.mkv")) as given,
         av.open(str(tmp_path / "text.srt")) as text,
@@ -181,11 +184,13 @@ def test_subtitles_chapters_and_metadata(tmp_path: Path) -> None:
             if packet.dts is not None:
                 packet.stream = words
                 made.mux(packet)
-    run(tmp_path / "in.mkv", tmp_path / "out.mkv")
+    assert run(tmp_path / "in.mkv", tmp_path / "out.mkv").notes == ()
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.metadata["title"] == "a title"
         assert len(container.chapters()) == 1
-    assert packets(tmp_path / "out.mkv", "subtitle") == [(b"Hello", Fraction(1, 10))]
+    assert packets(tmp_path / "out.mkv", "subtitle") == [
+        (word.encode(), Fraction(1, 10)) for word in WORDS
+    ]
     report = run(tmp_path / "in.mkv", tmp_path / "out.mp4")
     assert any("left out" in note and "does not support" in note for note in report.notes)
 
