@@ -228,10 +228,11 @@ class VideoWriter:
                 f"all streams begin {float(later):.3f} s later: this container knows no time before 0"
             )
         for index, (given, kept) in enumerate(zip(self._written, found)):
-            if abs(given * given_tick + later - kept * tick) > max(tick, given_tick):
+            before, after = given * given_tick, kept * tick - later
+            if abs(before - after) > max(tick, given_tick):
                 raise VideoError(
-                    f"{self.target}: frame {index} moved from {float(given * given_tick):.6f} s "
-                    f"to {float(kept * tick):.6f} s; this container cannot hold its time stamps"
+                    f"{self.target}: frame {index} moved from {float(before):.6f} s "
+                    f"to {float(after):.6f} s; this container cannot hold its time stamps"
                 )
 
 
