@@ -19,6 +19,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 _NO_GPU = "no CUDA device"
+_NO_AMX = "no emulated AMX"  # tests/amx_on_cpu says why
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,5 +59,8 @@ def _minutes(item: pytest.Item) -> float:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Counts reports: the tests may have run in other processes (pytest-xdist)."""
     reports = terminalreporter.getreports("skipped")
-    skipped = sum(_NO_GPU in str(report.longrepr) for report in reports)
-    terminalreporter.write_line(f"GPU tests skipped: {skipped}" + f" ({_NO_GPU})" * (skipped > 0))
+    for what, reason in (("GPU", _NO_GPU), ("AMX", _NO_AMX)):
+        skipped = sum(reason in str(report.longrepr) for report in reports)
+        terminalreporter.write_line(
+            f"{what} tests skipped: {skipped}" + f" ({reason})" * (skipped > 0)
+        )

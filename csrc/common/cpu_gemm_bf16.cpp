@@ -68,9 +68,9 @@ MAFNET_TARGET_TILES void multiply_block(const uint16_t* a, int64_t a_next, const
     if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, lower + 16, c_bytes);
   } else {
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (kColumns == 2) _tile_zero(1);
+    if constexpr (kRows == 2) _tile_zero(2);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_zero(3);
   }
   for (int t = 0; t < depth; ++t) {
     _tile_loadd(4, a + t * kPackedTile, 64);

@@ -329,15 +329,14 @@ class TileEngine {
   const float slope_ = std::max(scale_, std::numeric_limits<float>::min());
 };
 
-// Bits of the largest magnitude among the numbers of a tensor; those of NaN are larger than all.
-uint32_t largest_bits(const SelfAttentionParams& p, const Tokens& tokens, int64_t count,
-                      int depth) {
+// The largest magnitude among the numbers of a tensor, NaN where there is one.
+float largest_of(const SelfAttentionParams& p, const Tokens& tokens, int64_t count, int depth) {
   constexpr int kBlock = 256;
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   SelfAttentionParams whole{};  // no windows
   whole.heads = p.heads;
   whole.queries = whole.keys = count;
-  std::atomic<uint32_t> largest{0};
+  std::atomic<uint32_t> largest{0};  // bits: those of NaN are larger than all
   parallel_for(0, p.batch * p.heads * blocks, 8, [&](int64_t begin, int64_t end) {
     Buffer<float> numbers(static_cast<size_t>(kBlock) * depth, false);
     uint32_t most = 0;
@@ -358,16 +357,21 @@ uint32_t largest_bits(const SelfAttentionParams& p, const Tokens& tokens, int64_
     while (most > seen && !largest.compare_exchange_weak(seen, most)) {
     }
   });
-  return largest;
-}
-
-// Whether pieces of bfloat16 hold all digits, and no product of three numbers leaves the range of
-// float: pieces of infinity are NaN, and small ones are flushed to 0.
-bool in_range(const SelfAttentionParams& p, const Tokens& tokens, int64_t count, int depth) {
-  const uint32_t bits = largest_bits(p, tokens, count, depth);
+  const uint32_t bits = largest;
   float most;
   std::memcpy(&most, &bits, sizeof(most));
-  return most == 0 || (most >= 0x1p-50f && most <= 0x1p36f);
+  return most;
+}
+
+// Whether pieces of bfloat16 hold all digits of numbers up to `most`: pieces of infinity are NaN,
+// and small ones are flushed to 0.
+bool in_range(float most) { return most == 0 || (most >= 0x1p-50f && most <= 0x1p36f); }
+
+// Whether no piece of a gradient is flushed: it is a product of these, the numbers at the other end
+// and a weight, of which 24 digits are to stay above 2^-126.
+bool gradient_in_range(float value, float grad_out, float other) {
+  const double most = double{value} * grad_out * other;
+  return most == 0 || most >= 0x1p-80;
 }
 
 // A product takes 32 keys and 32 queries, needed or not.
@@ -383,9 +387,14 @@ bool tiles_serve(const SelfAttentionParams& p) {
   if (p.dtype == Dtype::kBFloat16) return true;
   // Four or six products of pieces are dearer than one in float, unless by tile registers.
   if (!has_tile_registers()) return false;
-  return in_range(p, p.query, p.queries, p.depth) && in_range(p, p.key, p.keys, p.depth) &&
-         in_range(p, p.value, p.keys, p.value_depth) &&
-         (p.grad_out.data == nullptr || in_range(p, p.grad_out, p.queries, p.value_depth));
+  const float query = largest_of(p, p.query, p.queries, p.depth);
+  const float key = largest_of(p, p.key, p.keys, p.depth);
+  const float value = largest_of(p, p.value, p.keys, p.value_depth);
+  if (!in_range(query) || !in_range(key) || !in_range(value)) return false;
+  if (p.grad_out.data == nullptr) return true;
+  const float grad_out = largest_of(p, p.grad_out, p.queries, p.value_depth);
+  return in_range(grad_out) && gradient_in_range(value, grad_out, query) &&
+         gradient_in_range(value, grad_out, key);
 }
 
 void self_attention_forward_tiles(const SelfAttentionParams& p) {

@@ -109,9 +109,9 @@ MAFNET_TARGET_TILES void multiply_block(const TileMatrix& a, const TileMatrix& b
     if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c.data + c.row + c.column, 64);
   } else {
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (kColumns == 2) _tile_zero(1);
+    if constexpr (kRows == 2) _tile_zero(2);
+    if constexpr (kRows == 2 && kColumns == 2) _tile_zero(3);
   }
   int left = -1, right = -1;
   for (int s = 0; s < count; ++s) {

@@ -504,6 +504,20 @@ def test_small_and_large_floats(factor: float) -> None:
     assert_as_accurate(attention(query * factor, key / factor, value), near, far, terms=200)
 
 
+@pytest.mark.parametrize("ends, values", [(2.0**-30, 2.0**-40), (2.0**-38, 2.0**-20)])
+def test_small_gradients(ends: float, values: float) -> None:
+    """Products of three numbers, the last digits of which leave the range of float first."""
+    query, key, value = unequal((1, 1, 70, 200, 4, 5), torch.float32)
+    given = [t.requires_grad_() for t in (query * ends, key * ends, value * values)]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    grad = values * torch.randn(1, 1, 70, 5)
+    actual = torch.autograd.grad(attention(*given), given, grad)
+    baseline = torch.autograd.grad(sdpa(*given), given, grad)
+    exact = torch.autograd.grad(sdpa(*wide), wide, grad.double())
+    for name, a, b, e in zip(("query", "key", "value"), actual, baseline, exact):
+        assert_as_accurate(a, b, e, name, terms=270)
+
+
 @pytest.mark.parametrize("dtype", [DOUBLE, *LOW])
 def test_no_keys_give_zeros(dtype: torch.dtype) -> None:
     given = unequal((1, 2, 5, 0, 3, 4), dtype)
