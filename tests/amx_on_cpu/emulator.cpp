@@ -50,8 +50,10 @@ std::atomic<int> change{0};
 
 thread_local uint64_t instruction;  // being carried out, from the begin of the library
 
+const int console = dup(STDERR_FILENO);  // before pytest takes it
+
 [[noreturn]] void report(const char* what) {
-  fprintf(stderr, "amx_on_cpu: %s, at +%#lx\n", what, static_cast<unsigned long>(instruction));
+  dprintf(console, "amx_on_cpu: %s, at +%#lx\n", what, static_cast<unsigned long>(instruction));
   abort();
 }
 
@@ -213,7 +215,7 @@ void on_illegal_instruction(int, siginfo_t*, void* context) {
 }
 
 __attribute__((destructor)) void end() {
-  fprintf(stderr, "amx_on_cpu: %ld products of tiles\n", products.load());
+  dprintf(console, "amx_on_cpu: %ld products of tiles\n", products.load());
   if (open != 0) report("tiles are still configured at the end");
 }
 

@@ -94,29 +94,36 @@ def test_tiles_are_used_where_they_are_granted(environment: dict[str, str], serv
 
 
 # Files of tests, what is run of them, and how many products of tiles come of it at least.
-OPS = [
-    ("ops/test_self_attention.py", "several_blocks and 0.5 and not dtype0", 100_000),
-    (
-        "ops/test_self_attention.py",
-        "special_values or small or (number_of_threads and dtype1)",
+OPS = {
+    "self_attention": (
+        ["ops/test_self_attention.py"],
+        "(several_blocks and 0.5 and not dtype0) or special_values or small",
         100_000,
     ),
-    (
-        "ops/test_modulated_deform_conv2d.py",
+    "threads": (["ops/test_self_attention.py"], "number_of_threads and dtype1", 100_000),
+    "modulated_deform_conv2d": (
+        ["ops/test_modulated_deform_conv2d.py"],
         "(vector_level and amx) or bfloat16 or (low_precision and dtype2)",
         500,
     ),
-    ("ops/test_deform_align.py", "low_precision_values and dtype2", 100),
-    ("ops/test_pyramid_spatial_attention.py", "low_precision_values and dtype2", 1000),
-    ("model/test_model.py", "test_other_dtypes", 1000),
-]
+    "others": (
+        [
+            "ops/test_deform_align.py",
+            "ops/test_pyramid_spatial_attention.py",
+            "model/test_model.py",
+        ],
+        "(low_precision_values and dtype2) or test_other_dtypes",
+        3000,
+    ),
+}
 
 
-@pytest.mark.slow(minutes=0.3)
-@pytest.mark.parametrize("file, chosen, least", OPS, ids=[f"{o[0]} {o[1][:7]}" for o in OPS])
-def test_ops(file: str, chosen: str, least: int) -> None:
+@pytest.mark.slow(minutes=0.5)
+@pytest.mark.parametrize("name", OPS)
+def test_ops(name: str) -> None:
     """Their own tests, at the level of AMX."""
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done, products = run(*command, str(HERE.parent / file), "-k", chosen)
+    files, chosen, least = OPS[name]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
+    done, products = run(*command, *(str(HERE.parent / file) for file in files))
     assert done.returncode == 0, done.stdout + done.stderr
     assert products >= least, done.stdout
