@@ -8,7 +8,7 @@ Environment:
                       build without CUDA, which could not load it | 1: build it, or fail | 0
   MAFNET_CUDA_ARCHS   e.g. "80;90a+PTX", or "native" for the local GPU alone. Default: native where there
                       is a GPU and MAFNET_CUDA is not 1 (a build to use here, in a fraction of the time),
-                      else "75;80;86;89;90a;100+PTX;120"
+                      else "75;80;86;89;90a;100+PTX;120", with nvcc before 12.8 "75;80;86;89;90a;90+PTX"
   MAFNET_REQUIRE_EXT  1: fail where no C++ compiler is found, instead of installing without kernels
   MAX_JOBS, CXX, CUDA_HOME as usual
 """
@@ -37,6 +37,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "75;80;86;89;90a;100+PTX;120"
+NEW_NVCC = (12, 8)  # the first that knows sm_100 and sm_120, and how to compress for size
+OLD_NVCC_ARCHS = "75;80;86;89;90a;90+PTX"
 # Assembled from the PTX of the second, where that is listed too, in less time: the sources ask for
 # sm_80 and sm_90 at most (common/prims.cuh), so that its own PTX would be the same.
 SHARED_PTX = {"86": "80", "89": "80", "120": "100"}
@@ -95,6 +97,15 @@ def find_cuda() -> Path | None:
     return next((c.resolve() for c in usable), None)
 
 
+def toolkit_folder(cuda: Path, name: str, file: str) -> Path:
+    """The folder of a toolkit that has a file; conda's keeps them by target."""
+    folders = [path for top in ("", "targets/*/") for path in sorted(cuda.glob(f"{top}{name}"))]
+    found = next((path for path in folders if (path / file).exists()), None)
+    if found is None:
+        raise SystemExit(f"mafnet: no {file} under {cuda} (MAFNET_CUDA=0 builds without CUDA)")
+    return found
+
+
 def why_no_cuda() -> str | None:
     """The reason _C_cuda is not built, or None."""
     mode = os.environ.get("MAFNET_CUDA", "auto")
@@ -107,15 +118,34 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def nvcc_version(cuda: Path) -> tuple[int, int]:
+    """Of a toolkit's nvcc, or NEW_NVCC where it does not say."""
+    done = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else NEW_NVCC
+
+
 def has_nvidia_gpu() -> bool:
-    """Whether the driver lists a GPU."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    """Whether nvcc finds a GPU. The driver may list one that a container does not have; for none at all nvcc compiles
+    for the oldest architecture that it knows, with a mere warning."""
+    cuda = find_cuda()
+    if cuda is None:
+        return False
+    dry = [cuda / "bin/nvcc", "-arch=native", "--dryrun", "-x", "cu", "-c", "/dev/null"]
+    done = subprocess.run(dry, capture_output=True, text=True)
+    return done.returncode == 0 and "Cannot find valid GPU" not in done.stderr
 
 
 def cuda_archs() -> str:
     """MAFNET_CUDA_ARCHS or its default."""
-    local = has_nvidia_gpu() and os.environ.get("MAFNET_CUDA", "auto") != "1"
-    return os.environ.get("MAFNET_CUDA_ARCHS") or ("native" if local else DEFAULT_ARCHS)
+    chosen = os.environ.get("MAFNET_CUDA_ARCHS")
+    if chosen:
+        return chosen
+    if os.environ.get("MAFNET_CUDA", "auto") != "1" and has_nvidia_gpu():
+        return "native"
+    cuda = find_cuda()
+    is_old = cuda is not None and nvcc_version(cuda) < NEW_NVCC
+    return OLD_NVCC_ARCHS if is_old else DEFAULT_ARCHS
 
 
 def gencode_flags() -> list[str]:
@@ -312,14 +342,16 @@ class BuildExt(build_ext):
         command += ["-isystem", sysconfig.get_paths()["include"]]
         cuda = find_cuda()
         if name == "_C_cuda" and cuda is not None:
-            command += ["-DMAFNET_CUDA_LIBRARY", "-isystem", str(cuda / "include")]
+            include = toolkit_folder(cuda, "include", "cuda_runtime_api.h")
+            command += ["-DMAFNET_CUDA_LIBRARY", "-isystem", str(include)]
         return command
 
     def _nvcc_command(self) -> list[str]:
         cuda = find_cuda()
         assert cuda is not None, "extensions() lists no .cu without nvcc"
         command = [str(cuda / "bin" / "nvcc"), "-ccbin", self._compiler()[0], "-O3", "-std=c++17"]
-        command += ["-DNDEBUG", "-Icsrc", "--compress-mode=size", *gencode_flags()]
+        command += ["-DNDEBUG", "-Icsrc", *gencode_flags()]
+        command += ["--compress-mode=size"] if nvcc_version(cuda) >= NEW_NVCC else []
         return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
     @staticmethod
@@ -327,10 +359,8 @@ class BuildExt(build_ext):
         """The static runtime: a shared one would tie the wheel to one CUDA major version."""
         cuda = find_cuda()
         assert cuda is not None, "extensions() lists no _C_cuda without nvcc"
-        for directory in (cuda / "lib64", cuda / "lib"):
-            if (directory / "libcudart_static.a").exists():
-                return [f"-L{directory}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        raise SystemExit(f"mafnet: no libcudart_static.a under {cuda}")
+        directory = toolkit_folder(cuda, "lib*", "libcudart_static.a")
+        return [f"-L{directory}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 
 
 class BuildPy(build_py):

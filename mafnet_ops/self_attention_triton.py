@@ -212,7 +212,8 @@ def _precision(dtype: torch.dtype) -> str:
     Products in IEEE fp32 would be unrolled into thousands of FFMA: 5,647 slots a step, 651 of them spills, against
     781 for half of that step.
     """
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    # Not torch.get_float32_matmul_precision(), which is an error where torch.backends chose.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "tf32x3"
 
 

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import mafnet_ops
 from mafnet_ops import _library
@@ -90,7 +91,17 @@ def test_importing_the_library_before_torch_says_so() -> None:
 # -------------------------------------------------------------------------------------------- setup.py
 
 
+def fake_nvcc(folder: Path, says: str, warns: str = "") -> Path:
+    """A toolkit whose nvcc answers every question in these words."""
+    path = folder / "bin/nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho '{says}'\necho '{warns}' >&2\n")
+    path.chmod(0o755)
+    return folder
+
+
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SETUP, "find_cuda", lambda: None)
     monkeypatch.delenv("MAFNET_CUDA_ARCHS", raising=False)
     monkeypatch.setenv("MAFNET_CUDA", "1")
     monkeypatch.setattr(SETUP, "has_nvidia_gpu", lambda: True)
@@ -117,6 +128,57 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SETUP.gencode_flags() == ["-arch=native"]
     monkeypatch.setattr(SETUP, "has_nvidia_gpu", lambda: False)
     assert SETUP.gencode_flags() == flags
+
+
+@pytest.mark.parametrize(
+    ("version", "archs", "compresses"),
+    [
+        ("12.6, V12.6.85", SETUP.OLD_NVCC_ARCHS, False),
+        ("12.8, V12.8.61", SETUP.DEFAULT_ARCHS, True),
+        ("13.0, V13.0.88", SETUP.DEFAULT_ARCHS, True),
+    ],
+)
+def test_an_older_nvcc_gets_what_it_knows(
+    version: str, archs: str, compresses: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from setuptools import Distribution
+
+    cuda = fake_nvcc(tmp_path, f"Cuda compilation tools, release {version}")
+    monkeypatch.setattr(SETUP, "find_cuda", lambda: cuda)
+    monkeypatch.delenv("MAFNET_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("MAFNET_CUDA", "1")
+    assert SETUP.cuda_archs() == archs
+    command = SETUP.BuildExt(Distribution())._nvcc_command()
+    assert ("--compress-mode=size" in command) == compresses
+    assert any("compute_90,code=[sm_90,compute_90]" in word for word in command) != compresses
+
+
+def test_the_gpu_is_one_that_nvcc_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a container that is being built the driver lists GPUs that nobody can use."""
+    monkeypatch.delenv("MAFNET_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("MAFNET_CUDA", "auto")
+    warning = "nvcc warning : Cannot find valid GPU for -arch=native, default arch is used"
+    for name, warns, archs in (("some", "", "native"), ("none", warning, SETUP.DEFAULT_ARCHS)):
+        cuda = fake_nvcc(tmp_path / name, "release 13.0", warns)
+        monkeypatch.setattr(SETUP, "find_cuda", lambda cuda=cuda: cuda)
+        assert SETUP.cuda_archs() == archs
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_nvcc_finds_no_gpu_here() -> None:
+    assert not SETUP.has_nvidia_gpu()
+
+
+@pytest.mark.parametrize("top", ["", "targets/x86_64-linux/"])
+def test_toolkits_of_either_layout(top: str, tmp_path: Path) -> None:
+    for name, file in (("include", "cuda_runtime_api.h"), ("lib", "libcudart_static.a")):
+        (tmp_path / top / name).mkdir(parents=True)
+        (tmp_path / "include").mkdir(exist_ok=True)  # there, and not the one
+        (tmp_path / top / name / file).touch()
+        assert SETUP.toolkit_folder(tmp_path, f"{name}*", file) == tmp_path / top / name
+    with pytest.raises(SystemExit, match="no libcublas.a under .*MAFNET_CUDA=0"):
+        SETUP.toolkit_folder(tmp_path, "lib*", "libcublas.a")
 
 
 def test_an_op_folder_joins_the_library_of_its_files() -> None:

@@ -84,12 +84,23 @@ DEVICE int split_floor(float v, float& part) {
   return static_cast<int>(__float_as_uint(rounded) - __float_as_uint(kMagic));
 }
 
-// Whether the current device has the tensor-core instructions of sm_80.
+// Whether a device of this capability, 10 * major + minor, runs code that was compiled with the
+// tensor-core instructions of sm_80. Not where all that it can run is the PTX of an older
+// architecture, which has traps in their place.
+constexpr bool runs_bfloat16_code(int capability) {
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch >= 800 && arch <= 10 * capability) return true;
+  }
+  return false;
+}
+
+// The same of the current device.
 inline bool has_bfloat16_tensor_cores() {
-  int device = 0, major = 0;
+  int device = 0, major = 0, minor = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 8;
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         runs_bfloat16_code(10 * major + minor);
 }
 
 // ---- tensor cores

@@ -305,3 +305,27 @@ def test_copies_are_grouped_and_read_nothing_where_not_valid(ptx: dict[str, str]
 @needs_nvcc
 def test_the_floor_is_rounded_down(ptx: dict[str, str]) -> None:
     assert "add.rm.f32" in one(ptx, "split_floors")
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("code", "runs", "lacks"),
+    [
+        ("compute_75,code=[sm_75,compute_75]", (), (75, 80, 90, 120)),
+        ("compute_80,code=[sm_80,compute_80]", (80, 86, 90, 120), (75,)),
+        ("compute_86,code=sm_86", (86, 89), (80,)),
+        ("compute_90a,code=sm_90a", (90,), (75, 89)),
+    ],
+)
+def test_bfloat16_is_for_devices_that_have_code_of_it(
+    code: str, runs: tuple[int, ...], lacks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Where PTX of sm_75 is all that a new device can run, that has traps in the place of bfloat16."""
+    asked = [f"mafnet::runs_bfloat16_code({c})" for c in runs]
+    asked += [f"!mafnet::runs_bfloat16_code({c})" for c in lacks]
+    source = tmp_path / "asked.cu"
+    lines = ['#include "common/prims.cuh"', *(f"static_assert({a});" for a in asked)]
+    source.write_text("\n".join(lines))
+    command = [nvcc() or "", "-std=c++17", f"-gencode=arch={code}", f"-I{CSRC}", "-c", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

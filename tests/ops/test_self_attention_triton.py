@@ -227,17 +227,24 @@ def test_wide_heads(dtype: torch.dtype, width: int, device: str) -> None:
     check(make((1, 1, 33, 65, 8, width), dtype), 1.0, device)
 
 
-def test_tf32_is_torchs_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("new_setting", [False, True])
+def test_tf32_is_torchs_choice(new_setting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either of torch's settings; reading the old one fails where the new one chose."""
     launched = record_launches(monkeypatch)
     given = make((1, 1, 4, 4, 2, 2), torch.float32)
-    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision(), matmul.fp32_precision
     try:
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
+        for old, new in (("highest", "ieee"), ("high", "tf32")):
+            if new_setting:
+                matmul.fp32_precision = new
+            else:
+                torch.set_float32_matmul_precision(old)
             ours.forward(*given[:3], 1.0, [])
             ours.forward(*(t.half() for t in given[:3]), 1.0, [])
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        matmul.fp32_precision = before[1]
     chosen = [(options["PRECISION"], options["ONES"]) for _, _, options in launched]
     assert chosen[0] == ("tf32x3", False) and chosen[2] == ("tf32", True)
     assert chosen[1] == chosen[3] == ("tf32x3", True)  # of no effect on half dtypes
