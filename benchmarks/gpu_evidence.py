@@ -31,6 +31,7 @@ from machine import ROOT
 
 TAIL = 6000  # characters of output kept for each stage
 TWINS = "tests/cuda_on_cpu/twins_on_device.py"  # exits 0 where the device agrees with the emulator's twins
+TRITON_TESTS = "tests/ops/test_self_attention_triton.py"  # compile for minutes: a stage of their own
 GPU, CPU = "--device=cuda", "--device=cpu"
 
 
@@ -65,6 +66,17 @@ def sanitizer(tool: str) -> Stage:
     )
 
 
+def tests(name: str, *chosen: str, dry: str) -> Stage:
+    run = ("python", "-m", "pytest", "-q", "-m", "gpu")
+    return Stage(
+        name=name,
+        seconds=580,
+        command=(*run, *chosen),
+        dry=(*run, dry),
+        requires=(r"\d+ passed", r"GPU tests skipped: 0\b"),
+    )
+
+
 def benchmark(op: str) -> Stage:
     run, file = (
         ("python", "benchmarks/run.py", op, "--output"),
@@ -91,13 +103,8 @@ STAGES = (
         command=("python", "benchmarks/gpu_build.py", GPU),
         dry=("python", "benchmarks/gpu_build.py", CPU),
     ),
-    Stage(
-        name="tests",
-        seconds=580,
-        command=("python", "-m", "pytest", "-q", "-m", "gpu", "tests"),
-        dry=("python", "-m", "pytest", "-q", "-m", "gpu", "tests/ops"),
-        requires=(r"\d+ passed", r"GPU tests skipped: 0\b"),
-    ),
+    tests("tests", "tests", f"--ignore={TRITON_TESTS}", dry="tests/ops"),
+    tests("tests-triton", TRITON_TESTS, dry=TRITON_TESTS),
     Stage(
         name="gradcheck",
         seconds=300,

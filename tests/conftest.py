@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported, and torch.compile imports it too: Triton kernels run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# As matrix products are. cuDNN's default is TF32: a kernel could be as far off as that and still pass beside PyTorch.
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # They share the cores. Tests of what threads do set their own number.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
