@@ -42,6 +42,7 @@ OLD_NVCC_ARCHS = "75;80;86;89;90a;90+PTX"
 # Assembled from the PTX of the second, where that is listed too, in less time: the sources ask for
 # sm_80 and sm_90 at most (common/prims.cuh), so that its own PTX would be the same.
 SHARED_PTX = {"86": "80", "89": "80", "120": "100"}
+LAUNCHERS = ("ccache", "distcc", "sccache")  # which CXX may put before the compiler that nvcc wants
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11, the oldest whose stable ABI has all we use
 PYTHON_TARGET = "0x030a0000"  # CPython 3.10
 NVCC_REQUIREMENT = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"  # NVIDIA's nvcc as a wheel
@@ -120,7 +121,7 @@ def why_no_cuda() -> str | None:
 
 def nvcc_version(cuda: Path) -> tuple[int, int]:
     """Of a toolkit's nvcc, or NEW_NVCC where it does not say."""
-    done = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True)
+    done = subprocess.run([str(cuda / "bin/nvcc"), "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+)\.(\d+)", done.stdout)
     return (int(found[1]), int(found[2])) if found else NEW_NVCC
 
@@ -131,7 +132,7 @@ def has_nvidia_gpu() -> bool:
     cuda = find_cuda()
     if cuda is None:
         return False
-    dry = [cuda / "bin/nvcc", "-arch=native", "--dryrun", "-x", "cu", "-c", "/dev/null"]
+    dry = [str(cuda / "bin/nvcc"), "-arch=native", "--dryrun", "-x", "cu", "-c", "/dev/null"]
     done = subprocess.run(dry, capture_output=True, text=True)
     return done.returncode == 0 and "Cannot find valid GPU" not in done.stderr
 
@@ -349,7 +350,8 @@ class BuildExt(build_ext):
     def _nvcc_command(self) -> list[str]:
         cuda = find_cuda()
         assert cuda is not None, "extensions() lists no .cu without nvcc"
-        command = [str(cuda / "bin" / "nvcc"), "-ccbin", self._compiler()[0], "-O3", "-std=c++17"]
+        host = next(word for word in self._compiler() if Path(word).name not in LAUNCHERS)
+        command = [str(cuda / "bin" / "nvcc"), "-ccbin", host, "-O3", "-std=c++17"]
         command += ["-DNDEBUG", "-Icsrc", *gencode_flags()]
         command += ["--compress-mode=size"] if nvcc_version(cuda) >= NEW_NVCC else []
         return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden"]

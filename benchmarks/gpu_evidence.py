@@ -31,7 +31,9 @@ from machine import ROOT
 
 TAIL = 6000  # characters of output kept for each stage
 TWINS = "tests/cuda_on_cpu/twins_on_device.py"  # exits 0 where the device agrees with the emulator's twins
-TRITON_TESTS = "tests/ops/test_self_attention_triton.py"  # compile for minutes: a stage of their own
+TRITON_TESTS = (
+    "tests/ops/test_self_attention_triton.py"  # compile for minutes: a stage of their own
+)
 GPU, CPU = "--device=cuda", "--device=cpu"
 
 

@@ -249,7 +249,8 @@ def main() -> int:
         if op not in CASES:
             parser.error(f"no cases for {op!r}; ops: {', '.join(CASES)}")
     torch.set_num_threads(a.threads)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 by default, unlike matrix products
+    # TF32 by default, unlike matrix products.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     environment = machine.environment(a.device)
     print(", ".join(f"{op}: {name}" for op, name in environment["backends"].items()), flush=True)
     suite = Suite(a.device, a.small)

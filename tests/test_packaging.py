@@ -147,8 +147,10 @@ def test_an_older_nvcc_gets_what_it_knows(
     monkeypatch.setattr(SETUP, "find_cuda", lambda: cuda)
     monkeypatch.delenv("MAFNET_CUDA_ARCHS", raising=False)
     monkeypatch.setenv("MAFNET_CUDA", "1")
+    monkeypatch.setattr(SETUP, "find_compiler", lambda: ["/usr/bin/ccache", "g++-14", "-m64"])
     assert SETUP.cuda_archs() == archs
     command = SETUP.BuildExt(Distribution())._nvcc_command()
+    assert command[1:3] == ["-ccbin", "g++-14"]
     assert ("--compress-mode=size" in command) == compresses
     assert any("compute_90,code=[sm_90,compute_90]" in word for word in command) != compresses
 
@@ -177,7 +179,7 @@ def test_toolkits_of_either_layout(top: str, tmp_path: Path) -> None:
         (tmp_path / "include").mkdir(exist_ok=True)  # there, and not the one
         (tmp_path / top / name / file).touch()
         assert SETUP.toolkit_folder(tmp_path, f"{name}*", file) == tmp_path / top / name
-    with pytest.raises(SystemExit, match="no libcublas.a under .*MAFNET_CUDA=0"):
+    with pytest.raises(SystemExit, match=r"no libcublas.a under .*MAFNET_CUDA=0"):
         SETUP.toolkit_folder(tmp_path, "lib*", "libcublas.a")
 
 
