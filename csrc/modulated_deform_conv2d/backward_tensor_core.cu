@@ -18,6 +18,7 @@
 // needs no bounds.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "modulated_deform_conv2d/backward.cuh"
 #include "modulated_deform_conv2d/backward_tensor_core.cuh"
@@ -120,20 +121,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int q = 0; q < 2; ++q) stored[q] = active[q] && leads;
   const int passes = kHeld ? 1 : static_cast<int>(ceil_div(p.out_channels, kOutputs));
   const unsigned packed_end = p.taps() * (p.channels / kStepChannels) * passes * kStageVectors;
-  unsigned packed = static_cast<unsigned>(thread);  // the next vector of this thread
-  const auto fetch_stage = [&](unsigned place) {
+  // The next vector of this thread; its last bits say where in the ring that comes, and its lane.
+  unsigned packed = static_cast<unsigned>(thread);
+  const auto fetch_stage = [&] {
     if (packed < packed_end) {
-      cp_async16(&ring[place + (thread - lane)],
+      cp_async16(&ring[packed % (kStages * kStageVectors)],
                  address_of(p.packed_weight, packed, sizeof(uint4)));
     }
     packed += kStageVectors;
     cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) fetch_stage(lane + i * kStageVectors);
+  for (int i = 0; i < kStages - 1; ++i) fetch_stage();
 
   const T* grad_output =
       static_cast<const T*>(p.grad_output) + n * p.grad_output_stride[0] + t * kLaneChannels;
+  if constexpr (!kHeld) grad_output = held(grad_output);
+  // Where they are read again and again, offsets of 32 bits take fewer registers.
+  using Offset = std::conditional_t<kHeld, int64_t, uint32_t>;
   Words<4> grads[kChunks][2];
   const auto load_grads = [&](int pass) {
 #pragma unroll
@@ -142,9 +147,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool known = output + t * kLaneChannels < p.out_channels;
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const T* source = grad_output + pixel[q] * p.grad_output_stride[2] + output;
-        grads[chunk][q] =
-            known ? Words<4>::load(reinterpret_cast<const unsigned char*>(source)) : Words<4>{};
+        const Offset offset = pixel[q] * static_cast<Offset>(p.grad_output_stride[2]) + output;
+        const auto* source = reinterpret_cast<const unsigned char*>(grad_output + offset);
+        grads[chunk][q] = known ? Words<4>::load(source) : Words<4>{};
       }
     }
   };
@@ -168,8 +173,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const GradImage grad_mask =
       make_grad_image<T>(p.grad_mask, p.mask_dtype == p.dtype, n * p.grad_mask_planes() * pixels);
 
-  // Where in the ring this lane's weights are, of the stage and of the one before it.
-  unsigned place = lane, left_place = lane + (kStages - 1) * kStageVectors;
   uint32_t round_channel = 0;
   for (int round = 0; round < deal.rounds; ++round) {
     const int group = deal.group_of(round, t);
@@ -215,19 +218,19 @@ __global__ void __launch_bounds__(kThreads, 2)
             if constexpr (!kHeld) load_grads(pass);
             cp_async_wait<kAhead>();
             __syncthreads();  // the stage is there for all, and all have left the one before it
-            fetch_stage(left_place);
+            fetch_stage();
+            // This lane's weights of the stage that lies kStages before the next one.
+            const uint4* weights = &ring[packed & ((kStages - 1) * kStageVectors + 31)];
 #pragma unroll
             for (int chunk = 0; chunk < kChunks; ++chunk) {
               const Words<4>&g = grads[chunk][0], &h = grads[chunk][1];
 #pragma unroll
               for (int tile = 0; tile < kColumnTiles; ++tile) {
-                const uint4 b = ring[place + (chunk * kColumnTiles + tile) * 32];
+                const uint4 b = weights[(chunk * kColumnTiles + tile) * 32];
                 mma_m16n8k16(sums[tile], {g.at(0), h.at(0), g.at(1), h.at(1)}, {b.x, b.y}, T());
                 mma_m16n8k16(sums[tile], {g.at(2), h.at(2), g.at(3), h.at(3)}, {b.z, b.w}, T());
               }
             }
-            left_place = place;
-            place = (place + kStageVectors) % (kStages * kStageVectors);
           }
 
           float grad_columns[2][kLaneChannels];
@@ -323,7 +326,8 @@ bool takes(const ModulatedDeformConv2dParams& p) {
   // Elements within an image of a gradient fit into 32 bits.
   const int64_t of_input = int64_t{p.height} * p.width * p.channels;
   const int64_t of_offset = p.grad_offset_planes() * p.pixels();
-  const bool is_grad_small = std::max(of_input, of_offset) <= kMostBytes;
+  const int64_t of_output = (p.pixels() - 1) * p.grad_output_stride[2] + p.out_channels;
+  const bool is_grad_small = std::max({of_input, of_offset, of_output}) <= kMostBytes;
   const bool has_steps = p.part_channels() % kStepChannels == 0;  // whole ones in every part
   return has_steps && is_grad_small && backward_suits_tensor_cores(p);
 }

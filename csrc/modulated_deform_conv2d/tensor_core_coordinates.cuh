@@ -43,17 +43,19 @@ struct TapPointers {
 
 // The planes of one tensor.
 struct Planes {
-  const unsigned char* first;  // of the lane's first pixel
-  uint32_t stride, to_second_pixel;
+  const unsigned char* image;  // its first plane's first pixel
+  PlaneStrides strides;
+  uint32_t first_pixel, to_second_pixel;  // the lane's, the latter in bytes
 
   DEVICE Planes(const void* data, const PlaneStrides& strides, const int (&pixel)[2])
-      : stride(strides.plane) {
-    first =
-        static_cast<const unsigned char*>(data) + static_cast<uint32_t>(pixel[0]) * strides.pixel;
+      : image(static_cast<const unsigned char*>(data)),
+        strides(strides),
+        first_pixel(static_cast<uint32_t>(pixel[0])) {
     to_second_pixel = held(static_cast<uint32_t>(pixel[1] - pixel[0]) * strides.pixel);
   }
+  // Of the lane's first pixel: worked out again from what a loop has anyway, instead of kept.
   DEVICE const unsigned char* plane(int index) const {
-    return first + static_cast<uint32_t>(index) * stride;
+    return image + (first_pixel * strides.pixel + static_cast<uint32_t>(index) * strides.plane);
   }
 };
 
@@ -99,8 +101,8 @@ class CoordinatePlanes {
     }
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      tap[i].offset += 2 * int64_t{offsets_.stride};
-      tap[i].mask += masks_.stride;
+      tap[i].offset += 2 * int64_t{offsets_.strides.plane};
+      tap[i].mask += masks_.strides.plane;
     }
   }
 
@@ -118,7 +120,7 @@ class CoordinatePlanes {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       const unsigned char *dy = held(tap[i].offset), *mask = held(tap[i].mask);
-      const unsigned char* dx = dy + offsets_.stride;
+      const unsigned char* dx = dy + offsets_.strides.plane;
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         c[i][q].dy = value<Offset>(dy);

@@ -228,6 +228,11 @@ def check_not_for_tensor_cores(kernels: Kernels) -> None:
     assert not on_tensor_cores(kernels, case, tensors, grad_output.contiguous())
     same = grad_output[:, :1, :1, :1].expand(grad_output.shape)  # as of a sum
     assert not on_tensor_cores(kernels, case, tensors, same)
+    # Elements of an image of grad_output are counted in 32 bits: 5 steps from pixel to pixel, then the channels.
+    furthest = ((1 << 32) - 1 - case.out_channels) // 5 // 8 * 8
+    arguments = {**arguments_of(case, tensors), "grad_output": grad_output}
+    for stride, fits in ((furthest, True), (furthest + 8, False)):
+        assert (workspace_sizes(kernels, {**arguments, "pixel_stride": stride})[3] > 0) == fits
 
 
 def probe() -> list[Check]:

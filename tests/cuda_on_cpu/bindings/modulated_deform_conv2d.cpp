@@ -141,9 +141,10 @@ CUEMU_ENTRY(backward) {
 }
 
 // sizes: elements of weight_partials, limbs of fixed_sums, elements of flow_partials, bytes of
-// packed_weight.
+// packed_weight. pixel_stride: that of grad_output, were it larger than memory.
 CUEMU_ENTRY(workspace) {
-  const mafnet::ModulatedDeformConv2dParams p = make_backward_params(arguments);
+  mafnet::ModulatedDeformConv2dParams p = make_backward_params(arguments);
+  if (arguments.has("pixel_stride")) p.grad_output_stride[2] = arguments.integer("pixel_stride");
   auto* sizes = static_cast<int64_t*>(arguments.in_out("sizes").data);
   sizes[0] = mafnet::modulated_deform_conv2d_weight_partials(p);
   sizes[1] = mafnet::modulated_deform_conv2d_fixed_limbs(p.dtype);
