@@ -55,7 +55,6 @@ IDLE = {
         "tensor_core.cuh",
         "p.out_channels % kLaneChannels == 0",
     ): "else neither a dense output nor grad_output is aligned",
-    ("backward_tensor_core.cu", "is_grad_small"): _LARGE,
     ("backward_tensor_core.cu", "!inner"): _BOUNDS,
     ("backward_tensor_core.cu", "p.grad_input == nullptr"): _BOUNDS,
     ("backward_weight_tensor_core.cu", "sums_bias"): "saves sums that nobody stores",
