@@ -32,6 +32,12 @@ void with_dtype(Dtype dtype, const Body& body) {
   }
 }
 
+// Whether elements of a dtype are accumulators of type A.
+template <typename A>
+constexpr bool is_of(Dtype dtype) {
+  return dtype == (std::is_same_v<A, double> ? Dtype::kFloat64 : Dtype::kFloat32);
+}
+
 // Elements of a tensor of some dtype, from element `first` on: pixel i and channel c lie at
 // data[first + i * pixel_stride + c * channel_stride].
 template <typename Pointer>

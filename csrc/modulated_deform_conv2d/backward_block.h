@@ -20,18 +20,16 @@ struct Scratch {
         grad_output(static_cast<size_t>(f.twins) * kMaxBlock * f.out),
         grad_weight(static_cast<size_t>(f.twins) * round_up(f.max_columns, kRowPad) * f.out),
         grad_bias(f.out),
-        zeros(f.max_stored),
-        nowhere(f.max_stored),
         window(0),
         grad_window(0),
         grad_planes(0),
         plan(1) {}
   Buffer<A> columns, grad_columns, grad_output, grad_weight;  // of each twin
   Buffer<double> grad_bias;                                   // of a block
-  Buffer<A> zeros, nowhere;       // what is read, and written, in place of pixels outside
   Buffer<A> window, grad_window;  // rows of input and of grad_input, of each twin
   Buffer<A> grad_planes;          // of grad_offset and grad_mask, summed over several segments
   Buffer<Plan<A>> plan;
+  alignas(64) int64_t source_at[kMaxBlock], grad_source_at[kMaxBlock];  // corners of a tap
   alignas(64) A dots[kMaxBlock][4];  // of the four corners with grad_sample
   alignas(64) A twin_dots[kMaxBlock][4];
   alignas(64) A grad[3][kMaxBlock];  // dy, dx, mask
@@ -111,25 +109,31 @@ void store_grad_planes(const Task<A>& t, const Block& b, int tap, const Owned<A>
   const ModulatedDeformConv2dParams& p = t.p;
   Scratch<A>& scratch = t.scratch;
   const Plan<A>& plan = *scratch.plan.data();
-  combine_dots(b.count, plan, scratch.dots, scratch.grad);
+  // Where nothing is between, the gradients go straight to the tensors.
+  Elements<void*> to[3];
+  A* grad[3];
+  for (int kind = 0; kind < 3; ++kind) {
+    to[kind] = grad_plane(t, tap, kind, b.first);
+    const bool direct = to[kind].data != nullptr && !owned.summed && is_of<A>(to[kind].dtype);
+    grad[kind] = direct ? static_cast<A*>(to[kind].data) + to[kind].first : scratch.grad[kind];
+  }
+  combine_dots(b.count, plan, scratch.dots, grad);
   if (t.grad_flow != nullptr) {
     for (int kind = 0; kind < 2; ++kind) {
       A* sum = t.grad_flow + kind * t.flow_pixels + b.first - t.flow_first;
-      for (int i = 0; i < b.count; ++i) sum[i] += scratch.grad[kind][i];
+      for (int i = 0; i < b.count; ++i) sum[i] += grad[kind][i];
     }
   }
   for (int kind = 0; kind < 3; ++kind) {
-    const Elements<void*> to = grad_plane(t, tap, kind, b.first);
-    if (to.data == nullptr) continue;
-    A* grad = scratch.grad[kind];
+    if (to[kind].data == nullptr) continue;
     if (p.raw.used) {
-      for (int i = 0; i < b.count; ++i) grad[i] *= plan.slope[kind][i];
+      for (int i = 0; i < b.count; ++i) grad[kind][i] *= plan.slope[kind][i];
     }
     if (owned.summed) {
       A* sum = summed_plane(t, tap, kind, b.first - owned.first, owned.pixels);
-      for (int i = 0; i < b.count; ++i) sum[i] += grad[i];
-    } else {
-      scatter_pixels(grad, 0, 1, b.count, to);
+      for (int i = 0; i < b.count; ++i) sum[i] += grad[kind][i];
+    } else if (grad[kind] == scratch.grad[kind]) {
+      scatter_pixels(grad[kind], 0, 1, b.count, to[kind]);
     }
   }
 }
@@ -148,23 +152,50 @@ void add_grad_bias(const Task<A>& t, const Piece& piece, int group, const A* gra
   for (int o = 0; o < p.group_outputs(); ++o) bias[o] += static_cast<A>(sum[o]);
 }
 
+// Where the windows of a segment hold rows of the input and of its gradient, at the same strides.
+struct Windows {
+  Place source, grad_source;
+};
+
 // What a twin of a segment works on in a block.
 template <typename A>
 struct Twin {
-  int index;  // of its segment
-  Source<A> source;
-  A* grad_input;  // null: not wanted
+  int index;                // of its segment
+  A *source, *grad_source;  // windows; the latter null: not wanted
   A *columns, *grad_columns, *buffer, *grad_weight;
   const A* grad_output = nullptr;  // rows of the block, perhaps in buffer
 };
 
+// Samples a tap of the block for all twins and adds to their grad_input.
+template <typename A>
+void backward_tap(const Task<A>& t, const Block& b, int tap, const Segment& s,
+                  const Windows& windows, const std::vector<Twin<A>>& twins, bool sampled) {
+  Scratch<A>& scratch = t.scratch;
+  Plan<A>& plan = *scratch.plan.data();
+  plan_tap(t.p, b, t.offset_group * t.p.taps() + tap, plan);
+  if (sampled) find_corners(plan, b.count, t.p.width, windows.source, scratch.source_at);
+  if (t.p.grad_input != nullptr) {
+    find_corners(plan, b.count, t.p.width, windows.grad_source, scratch.grad_source_at);
+  }
+  const int columns = s.stored * t.p.taps(), at = tap * s.stored;
+  const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
+  for (const Twin<A>& twin : twins) {
+    const bool first = &twin == twins.data();
+    run_tap(Tap<A>{b.count, s.stored, windows.source.row_stride, windows.source.column_stride,
+                   sampled ? twin.source : nullptr, scratch.source_at, twin.grad_source,
+                   scratch.grad_source_at, twin.grad_columns + at, grad_row, twin.columns + at, row,
+                   first ? scratch.dots : scratch.twin_dots},
+            plan);
+    if (sampled && !first) add_dots(b.count, scratch.twin_dots, scratch.dots);
+  }
+}
+
 template <typename A>
 void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
-                    std::vector<Twin<A>>& twins) {
+                    const Windows& windows, std::vector<Twin<A>>& twins) {
   const ModulatedDeformConv2dParams& p = t.p;
   const Segment& s = t.f.segments[twins[0].index];
   Scratch<A>& scratch = t.scratch;
-  Plan<A>& plan = *scratch.plan.data();
   const Block b{t.n, piece.first, piece.count};
   const int columns = t.f.columns_of(twins[0].index);
   const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
@@ -174,27 +205,11 @@ void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
     multiply(Matrix<A>{twin.grad_output, t.f.out, 1}, t.f.weight.data() + t.f.weight_at[twin.index],
              grad_row, b.count, p.group_outputs(), grad_row, twin.grad_columns, grad_row, false);
   }
-  plan_block(p, b, plan);
-  for (int k = 0; k < p.taps(); ++k) {
-    const int at = k * s.stored;
-    const Source<A>& source = twins[0].source;
-    plan_tap(p, b, source.row_stride, source.column_stride, s.slab % p.offset_groups * p.taps() + k,
-             plan);
-    if (mine && t.needs_samples()) {
-      for (const Twin<A>& twin : twins) {
-        const bool first = &twin == twins.data();
-        gather_tap(p, b, twin.source, plan, s.stored, scratch.zeros.data(), twin.grad_columns + at,
-                   grad_row, twin.columns + at, row, first ? scratch.dots : scratch.twin_dots);
-        if (!first) add_dots(b.count, scratch.twin_dots, scratch.dots);
-      }
-      store_grad_planes(t, b, k, owned);
-    }
-    if (p.grad_input == nullptr) continue;
-    for (const Twin<A>& twin : twins) {
-      scatter_tap(p, {t.band_begin(), t.band_end()}, b, twin.grad_input, scratch.nowhere.data(),
-                  twin.source.row_stride, twin.source.column_stride, plan, s.stored,
-                  twin.grad_columns + at, grad_row);
-    }
+  plan_block(p, b, *scratch.plan.data());
+  const bool sampled = mine && t.needs_samples();
+  for (int k = 0; k < p.taps() && (sampled || p.grad_input != nullptr); ++k) {
+    backward_tap(t, b, k, s, windows, twins, sampled);
+    if (sampled) store_grad_planes(t, b, k, owned);
   }
   for (const Twin<A>& twin : twins) {
     if (mine && p.grad_weight != nullptr) {

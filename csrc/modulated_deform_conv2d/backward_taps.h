@@ -1,8 +1,6 @@
 // The inner loops of the backward pass of modulated_deform_conv2d: one tap of a block.
 #pragma once
 
-#include <algorithm>
-#include <climits>
 #include <cstdint>
 
 #include "common/vectors.h"
@@ -10,103 +8,70 @@
 
 namespace mafnet {
 
-// The samples of one tap, and their corners' dots with grad_sample.
-template <typename L, typename A>
-MAFNET_INLINE void gather_tap_at_level(const ModulatedDeformConv2dParams& p, const Block b,
-                                       const Source<A> source, const Plan<A>& plan, int channels_,
-                                       const A* zeros, const A* grad, int64_t grad_row, A* columns,
-                                       int64_t row, A (*dots)[4]) {
-  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
-    for_samples(p, b, source, plan, zeros, [&](int i, const Corners<A>& at) MAFNET_INLINE_LAMBDA {
-      const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
-      const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
-      VectorOf<A, 4> sums{};
-      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const V v0 = load<V>(at.at[0] + c), v1 = load<V>(at.at[1] + c);
-        const V v2 = load<V>(at.at[2] + c), v3 = load<V>(at.at[3] + c);
-        const V g = load<V>(grad + i * grad_row + c);
-        store<V>(columns + i * row + c, w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3);
-        sums += sums_of<A, V>(g * v0, g * v1, g * v2, g * v3);
-      });
-      store(dots[i], sums);
-    });
-  });
-}
-
+// One tap of a block, in windows with borders of the input and of its gradient.
 template <typename A>
-void gather_tap(const ModulatedDeformConv2dParams& p, const Block& b, const Source<A>& source,
-                const Plan<A>& plan, int channels, const A* zeros, const A* grad, int64_t grad_row,
-                A* columns, int64_t row, A (*dots)[4]) {
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    gather_tap_at_level<decltype(level)>(p, b, source, plan, channels, zeros, grad, grad_row,
-                                         columns, row, dots);
-  });
-}
+struct Tap {
+  int count, channels;
+  int64_t row_stride, column_stride;  // of both windows
+  const A* source;                    // null: nothing is sampled
+  const int64_t* source_at;           // of the corners (y, x)
+  A* grad_source;                     // null: not wanted
+  const int64_t* grad_source_at;
+  const A* grad;  // grad_sample
+  int64_t grad_row;
+  A* columns;  // the samples
+  int64_t row;
+  A (*dots)[4];  // of the corners with grad_sample
+};
 
-// grad_sample of one tap into the corners of grad_input that lie in the band. NaN weights send
-// nothing.
-template <typename L, typename A>
-MAFNET_INLINE void scatter_tap_at_level(const ModulatedDeformConv2dParams& p, const RowRange rows,
-                                        const Block b, A* grad_input, A* nowhere,
-                                        int64_t row_stride, int64_t column_stride,
-                                        const Plan<A>& plan, int channels_, const A* grad,
-                                        int64_t grad_row) {
-  const int begin_row = rows.low, end_row = rows.high;
-  const bool whole = begin_row == 0 && end_row == p.height;
-  with_channels(channels_, [&](auto channels) MAFNET_INLINE_LAMBDA {
-    const auto add = [&](int i, A* const(&to)[4]) MAFNET_INLINE_LAMBDA {
-      for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-        using V = typename decltype(type)::type;
-        const V g = load<V>(grad + i * grad_row + c);
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          store<V>(to[k] + c, load<V>(to[k] + c) + plan.weight[k][i] * g);
-        }
-      });
-    };
-    for (int begin = 0; begin < b.count; begin += kChunk) {
-      const int end = std::min(b.count, begin + kChunk);
-      bool inside = plan.inside[begin / kChunk];
-      if (!whole) {
-        int low = INT_MAX, high = INT_MIN;
-        for (int i = begin; i < end; ++i) {
-          low = std::min(low, plan.y[i]);
-          high = std::max(high, plan.y[i]);
-        }
-        inside = inside && low >= begin_row && high + 1 < end_row;
-      }
-      if (inside) {
-        for (int i = begin; i < end; ++i) {
-          A* top = grad_input + plan.offset[i];
-          A* bottom = top + row_stride;
-          A* const to[4] = {top, top + column_stride, bottom, bottom + column_stride};
-          add(i, to);
-        }
-        continue;
-      }
-      for (int i = begin; i < end; ++i) {
-        A* to[4];
-        for (int k = 0; k < 4; ++k) {
-          const int y = plan.y[i] + k / 2;
-          const bool used = corner_is_inside(p.height, p.width, plan.y[i], plan.x[i], k) &&
-                            y >= begin_row && y < end_row;
-          to[k] = used ? grad_input + plan.offset[i] + k / 2 * row_stride + k % 2 * column_stride
-                       : nowhere;
-        }
-        if (plan.part_y[i] == plan.part_y[i] && plan.part_x[i] == plan.part_x[i]) add(i, to);
-      }
+// Takes the samples and their corners' dots with grad_sample, and adds grad_sample to the corners
+// of the gradient: either or both.
+template <bool kSample, bool kScatter, typename L, typename A, typename Channels>
+MAFNET_INLINE void run_tap(const Tap<A> t, const Plan<A>& plan, Channels channels) {
+  const int64_t right = t.column_stride, down = t.row_stride;
+  for (int i = 0; i < t.count; ++i) {
+    const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
+    const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
+    const A *top = nullptr, *grad = t.grad + i * t.grad_row;
+    A *column = nullptr, *to = nullptr;
+    if constexpr (kSample) {
+      top = t.source + t.source_at[i];
+      column = t.columns + i * t.row;
     }
-  });
+    if constexpr (kScatter) to = t.grad_source + t.grad_source_at[i];
+    VectorOf<A, 4> sums{};
+    for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
+      using V = typename decltype(type)::type;
+      const V g = load<V>(grad + c);
+      if constexpr (kSample) {
+        const V v0 = load<V>(top + c), v1 = load<V>(top + right + c);
+        const V v2 = load<V>(top + down + c), v3 = load<V>(top + down + right + c);
+        store<V>(column + c, w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3);
+        sums += sums_of<A, V>(g * v0, g * v1, g * v2, g * v3);
+      }
+      if constexpr (kScatter) {
+        const auto add = [&](A* corner, A weight) MAFNET_INLINE_LAMBDA {
+          store<V>(corner, load<V>(corner) + weight * g);
+        };
+        add(to + c, w0);
+        add(to + right + c, w1);
+        add(to + down + c, w2);
+        add(to + down + right + c, w3);
+      }
+    });
+    if constexpr (kSample) store(t.dots[i], sums);
+  }
 }
 
 template <typename A>
-void scatter_tap(const ModulatedDeformConv2dParams& p, const RowRange rows, const Block& b,
-                 A* grad_input, A* nowhere, int64_t row_stride, int64_t column_stride,
-                 const Plan<A>& plan, int channels, const A* grad, int64_t grad_row) {
+void run_tap(const Tap<A>& t, const Plan<A>& plan) {
   with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    scatter_tap_at_level<decltype(level)>(p, rows, b, grad_input, nowhere, row_stride,
-                                          column_stride, plan, channels, grad, grad_row);
+    with_channels(t.channels, [&](auto channels) MAFNET_INLINE_LAMBDA {
+      using L = decltype(level);
+      if (t.grad_source == nullptr) return run_tap<true, false, L>(t, plan, channels);
+      if (t.source == nullptr) return run_tap<false, true, L>(t, plan, channels);
+      run_tap<true, true, L>(t, plan, channels);
+    });
   });
 }
 
@@ -122,7 +87,7 @@ void add_dots(int count, const A (*from)[4], A (*to)[4]) {
 // the slopes of all cells are alike; at an integer that is the slope of the cell [n, n + 1).
 template <typename A>
 MAFNET_INLINE void combine_dots(int count, const Plan<A>& plan, const A (*dots)[4],
-                                A (*grad)[kMaxBlock]) {
+                                A* const (&grad)[3]) {
   for (int i = 0; i < count; ++i) {
     const A d0 = dots[i][0], d1 = dots[i][1], d2 = dots[i][2], d3 = dots[i][3];
     const A ty = plan.part_y[i], tx = plan.part_x[i], m = plan.mask[i];

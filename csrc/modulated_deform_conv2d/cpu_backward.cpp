@@ -32,27 +32,30 @@ int64_t channel_of(const Task<A>& t, const Segment& s) {
   return int64_t{s.slab} * t.p.offset_group_channels() + s.low;
 }
 
-// Rows range of the channels of a segment, rewritten as [row][column][channel].
+// Rows of the channels of a segment, rewritten as [row][column][channel], with a border of zeros.
 template <typename A>
-void read_window(const Task<A>& t, const Segment& s, const RowRange& rows, A* window) {
+void read_window(const Task<A>& t, const Segment& s, const Place& place, A* window) {
   const ModulatedDeformConv2dParams& p = t.p;
-  const int64_t row_stride = int64_t{p.width} * s.stored;
-  for (int64_t y = rows.low; y < rows.high; ++y) {
+  const int64_t border = kBorder * place.column_stride;
+  A* row = window + place.first + place.rows.low * place.row_stride;
+  std::fill(window, row, A(0));
+  for (int64_t y = place.rows.low; y < place.rows.high; ++y, row += place.row_stride) {
     const int64_t first =
         t.n * p.input_stride[0] + channel_of(t, s) * p.input_stride[1] + y * p.input_stride[2];
     gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
-                  s.channels, window + (y - rows.low) * row_stride, int64_t{s.stored});
+                  s.channels, row, place.column_stride);
+    std::fill_n(row + place.row_stride - border, border, A(0));
   }
+  std::fill(row, window + window_size(place), A(0));
 }
 
 template <typename A>
-void write_grad_input(const Task<A>& t, const Segment& s, const A* grad_window) {
+void write_grad_input(const Task<A>& t, const Segment& s, const Place& place, const A* window) {
   const ModulatedDeformConv2dParams& p = t.p;
-  const int64_t row_stride = int64_t{p.width} * s.stored;
-  for (int64_t y = t.band_begin(); y < t.band_end(); ++y) {
+  for (int64_t y = place.rows.low; y < place.rows.high; ++y) {
     const int64_t first = t.n * p.grad_input_stride[0] + channel_of(t, s) * p.grad_input_stride[1] +
                           y * p.width * p.grad_input_stride[2];
-    scatter_pixels(grad_window + (y - t.band_begin()) * row_stride, int64_t{s.stored}, p.width,
+    scatter_pixels(window + place.first + y * place.row_stride, place.column_stride, p.width,
                    s.channels,
                    {p.grad_input, p.dtype, first, p.grad_input_stride[2], p.grad_input_stride[1]});
   }
@@ -88,11 +91,10 @@ void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
   const ModulatedDeformConv2dParams& p = t.p;
   const Segment& s = t.f.segments[index];
   Scratch<A>& scratch = t.scratch;
-  const int64_t row_stride = int64_t{p.width} * s.stored;
-  const RowRange rows = rows_of(t);
-  const int64_t window_size = (rows.high - rows.low) * row_stride;
-  const int64_t grad_size = (t.band_end() - t.band_begin()) * row_stride;
-  if (t.needs_samples()) scratch.window.resize(t.f.twins * window_size, s.stored != s.channels);
+  const Windows windows{make_place(rows_of(t), p.width, s.stored),
+                        make_place({t.band_begin(), t.band_end()}, p.width, s.stored)};
+  const int64_t size = window_size(windows.source), grad_size = window_size(windows.grad_source);
+  if (t.needs_samples()) scratch.window.resize(t.f.twins * size, s.stored != s.channels);
   if (p.grad_input != nullptr) scratch.grad_window.resize(t.f.twins * grad_size);
   std::vector<Twin<A>> twins;
   for (int64_t i = 0; i < t.f.twins; ++i) {
@@ -100,13 +102,11 @@ void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
     const auto part = [&](Buffer<A>& buffer) {
       return buffer.data() + i * (buffer.size() / t.f.twins);
     };
-    A* window = scratch.window.data() + i * window_size;
-    if (t.needs_samples()) read_window(t, t.f.segments[of_twin], rows, window);
-    // As if source and grad_input began at row 0, of which they hold some rows only.
-    const Source<A> source{window - rows.low * row_stride, row_stride, s.stored};
-    A* grad_input = scratch.grad_window.data() + i * grad_size - t.band_begin() * row_stride;
-    twins.push_back({of_twin, source, p.grad_input == nullptr ? nullptr : grad_input,
-                     part(scratch.columns), part(scratch.grad_columns), part(scratch.grad_output),
+    A* source = scratch.window.data() + i * size;
+    if (t.needs_samples()) read_window(t, t.f.segments[of_twin], windows.source, source);
+    A* grad_source = p.grad_input == nullptr ? nullptr : scratch.grad_window.data() + i * grad_size;
+    twins.push_back({of_twin, source, grad_source, part(scratch.columns),
+                     part(scratch.grad_columns), part(scratch.grad_output),
                      part(scratch.grad_weight)});
   }
   int slot = -1;
@@ -119,11 +119,12 @@ void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
       if (slot >= 0) flush_grad_weight(t, twins, slot);
       slot = piece.slot;
     }
-    backward_block(t, piece, owned, twins);
+    backward_block(t, piece, owned, windows, twins);
   }
   if (slot >= 0) flush_grad_weight(t, twins, slot);
-  for (int i = 0; i < t.f.twins && p.grad_input != nullptr; ++i) {
-    write_grad_input(t, t.f.segments[twins[i].index], scratch.grad_window.data() + i * grad_size);
+  for (const Twin<A>& twin : twins) {
+    if (p.grad_input == nullptr) break;
+    write_grad_input(t, t.f.segments[twin.index], windows.grad_source, twin.grad_source);
   }
 }
 

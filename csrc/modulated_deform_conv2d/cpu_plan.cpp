@@ -11,9 +11,7 @@ namespace {
 // A plane as A: where it lies, or copied to room, which holds whole chunks.
 template <typename A>
 const A* read_plane(const Elements<const void*>& plane, int count, A* room) {
-  const bool as_wanted =
-      plane.dtype == (std::is_same_v<A, double> ? Dtype::kFloat64 : Dtype::kFloat32);
-  if (as_wanted && plane.pixel_stride == 1 && count % kChunk == 0) {
+  if (is_of<A>(plane.dtype) && plane.pixel_stride == 1 && count % kChunk == 0) {
     return static_cast<const A*>(plane.data) + plane.first;
   }
   if (plane.pixel_stride == 1) {  // as one pixel whose channels lie side by side
@@ -119,16 +117,13 @@ struct Inputs {
 };
 
 template <typename A>
-MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, int64_t row_stride,
-                                  int64_t column_stride, int count, const Inputs<A>& in,
-                                  Plan<A>& plan) {
+MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, int count,
+                                  const Inputs<A>& in, Plan<A>& plan) {
   // Copies, of which the compiler knows that no store below changes them.
   const A *base_y = plan.base_y, *base_x = plan.base_x;
   const A *dy = in.dy, *dx = in.dx, *mask = in.mask;
   const A tap_y = in.tap_y, tap_x = in.tap_x;
   const A end_y = static_cast<A>(p.height), end_x = static_cast<A>(p.width);
-  const unsigned cells_y = static_cast<unsigned>(std::max(p.height - 1, 0));
-  const unsigned cells_x = static_cast<unsigned>(std::max(p.width - 1, 0));
   // Whole chunks: beyond count the arrays hold leftovers, which do no harm.
 #pragma omp simd
   for (int i = 0; i < round_up(count, kChunk); ++i) {
@@ -145,17 +140,6 @@ MAFNET_INLINE void plan_positions(const ModulatedDeformConv2dParams& p, int64_t 
     plan.part_y[i] = y.part;
     plan.part_x[i] = x.part;
     plan.mask[i] = m;
-    plan.offset[i] = y.index * row_stride + x.index * column_stride;
-  }
-  // A loop of its own: with the comparisons in the one above the compiler makes scalar code of
-  // both.
-  for (int chunk = 0; chunk * kChunk < count; ++chunk) {
-    int outside = 0;
-    for (int i = chunk * kChunk; i < (chunk + 1) * kChunk; ++i) {
-      outside |= static_cast<int>(static_cast<unsigned>(plan.y[i]) >= cells_y) |
-                 static_cast<int>(static_cast<unsigned>(plan.x[i]) >= cells_x);
-    }
-    plan.inside[chunk] = outside == 0;
   }
 }
 
@@ -255,14 +239,26 @@ void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& p
 }
 
 template <typename A>
-void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int64_t row_stride,
-              int64_t column_stride, int plane, Plan<A>& plan) {
+void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int plane, Plan<A>& plan) {
   if (plane + 1 < p.offset_groups * p.taps()) {
     const Planes next = planes_of(p, b, plane + 1);
     for (int i = 0; i < (p.mask == nullptr ? 2 : 3); ++i) prefetch(next.at[i], b.count);
   }
   with_inputs(p, b, plane, plan, [&](const Inputs<A>& in) MAFNET_INLINE_LAMBDA {
-    plan_positions(p, row_stride, column_stride, b.count, in, plan);
+    plan_positions(p, b.count, in, plan);
+  });
+}
+
+template <typename A>
+void find_corners(const Plan<A>& plan, int count, int width, const Place& place, int64_t* at) {
+  const int top = place.rows.low - kBorder, bottom = place.rows.high;
+  with_level<A>([&](auto) MAFNET_INLINE_LAMBDA {
+#pragma omp simd
+    for (int i = 0; i < round_up(count, kChunk); ++i) {
+      const int y = plan.y[i] < bottom ? plan.y[i] : bottom;
+      const int x = plan.x[i] < width ? plan.x[i] : width;
+      at[i] = place.first + (y > top ? y : top) * place.row_stride + x * place.column_stride;
+    }
   });
 }
 
@@ -302,7 +298,7 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
   int low = p.height, high = -1;  // of the upper rows of the cells
   plan_block(p, b, plan);
   for (int k = 0; k < p.taps(); ++k) {
-    plan_tap(p, b, 0, 0, offset_group * p.taps() + k, plan);
+    plan_tap(p, b, offset_group * p.taps() + k, plan);
     for (int i = 0; i < b.count; ++i) {
       const bool used =
           plan.y[i] >= -1 && plan.y[i] < p.height && plan.x[i] >= -1 && plan.x[i] < p.width;
@@ -316,10 +312,10 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
 
 template void plan_block(const ModulatedDeformConv2dParams&, const Block&, Plan<float>&);
 template void plan_block(const ModulatedDeformConv2dParams&, const Block&, Plan<double>&);
-template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int64_t, int64_t, int,
-                       Plan<float>&);
-template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int64_t, int64_t, int,
-                       Plan<double>&);
+template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int, Plan<float>&);
+template void plan_tap(const ModulatedDeformConv2dParams&, const Block&, int, Plan<double>&);
+template void find_corners(const Plan<float>&, int, int, const Place&, int64_t*);
+template void find_corners(const Plan<double>&, int, int, const Place&, int64_t*);
 template void plan_samples(const ModulatedDeformConv2dParams&, const Block&, const Place&, int, int,
                            Plan<float>&, Samples<float>*);
 template void plan_samples(const ModulatedDeformConv2dParams&, const Block&, const Place&, int, int,

@@ -15,9 +15,6 @@
 
 namespace mafnet {
 
-// Pixels of zeros that lie around the image in a window, so that samples outside read them.
-constexpr int kBorder = 2;
-
 // Rows of an image as [slab][row][column][channel], padded: a slab is an offset group of a part.
 // The border at the right of a row is that at the left of the next one.
 template <typename S>

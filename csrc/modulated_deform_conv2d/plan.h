@@ -1,9 +1,8 @@
 // Where a block of output pixels samples the input: positions, corners and weights of one tap.
 //
-// Cells of four pixels that lie wholly inside the image, nearly all, cost one address and four
-// weights. What lies outside is read as zeros, so that it contributes exactly 0 whatever the edge
-// of the image holds: in the forward pass they are around the image, in the backward pixels go in
-// chunks of 16, and one with a sample that touches the outside chooses each corner by itself.
+// What lies outside is read as zeros, so that it contributes exactly 0 whatever the edge of the
+// image holds: they are around the image in the windows that are sampled, so that a sample costs
+// one address and four weights wherever it is.
 #pragma once
 
 #include <algorithm>
@@ -31,24 +30,14 @@ struct RowRange {
   int low, high;
 };
 
-// The channels of one offset group of one image as [row][column][channel], of accumulators or, as
-// the bits of bfloat16, of uint16_t.
-template <typename S>
-struct Source {
-  const S* data;
-  int64_t row_stride, column_stride;
-};
-
 template <typename A>
 struct Plan {
   A base_y[kMaxBlock], base_x[kMaxBlock];  // where the pixels begin, without tap and offset
-  int64_t offset[kMaxBlock];               // of the corner (y, x) in the source
-  int y[kMaxBlock], x[kMaxBlock];          // its row and column, perhaps outside
+  int y[kMaxBlock], x[kMaxBlock];          // of the corner (y, x), perhaps outside
   A part_y[kMaxBlock], part_x[kMaxBlock];  // the distance from that corner; NaN where unknown
   A mask[kMaxBlock];
-  A weight[4][kMaxBlock];           // of (y, x) (y, x + 1) (y + 1, x) (y + 1, x + 1), times mask
-  bool inside[kMaxBlock / kChunk];  // all cells of a chunk
-  A planes[3][kMaxBlock];           // dy, dx and mask where they need converting
+  A weight[4][kMaxBlock];  // of (y, x) (y, x + 1) (y + 1, x) (y + 1, x + 1), times mask
+  A planes[3][kMaxBlock];  // dy, dx and mask where they need converting
   // Of raw offsets: the base flows (x, y), zero where there is none, and the derivatives of dy, dx
   // and mask by their raw values.
   A flow[2][2][kMaxBlock];
@@ -63,7 +52,24 @@ struct Place {
   int64_t first, row_stride, column_stride;
 };
 
-// What a forward pass keeps of a tap. It samples such a window, so that it chooses no corners.
+// Of pixels that are not the image's, around it in a window.
+constexpr int kBorder = 2;
+
+// Of a window that holds some rows and their border: that at the right of a row is that at the left
+// of the next one.
+inline Place make_place(const RowRange& rows, int width, int64_t column_stride) {
+  const int64_t row_stride = (width + int64_t{kBorder}) * column_stride;
+  return {rows, (kBorder - rows.low) * row_stride + kBorder * column_stride, row_stride,
+          column_stride};
+}
+
+// Elements of such a window.
+inline int64_t window_size(const Place& place) {
+  return (place.rows.high - place.rows.low + 2 * kBorder) * place.row_stride +
+         kBorder * place.column_stride;
+}
+
+// What a forward pass keeps of a tap.
 template <typename A>
 struct Samples {
   int64_t first;                          // of the place
@@ -75,10 +81,13 @@ struct Samples {
 template <typename A>
 void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& plan);
 
-// Makes the plan of a tap, for sources of these strides; plane = offset group * taps + tap.
+// Makes the plan of a tap; plane = offset group * taps + tap.
 template <typename A>
-void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int64_t row_stride,
-              int64_t column_stride, int plane, Plan<A>& plan);
+void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int plane, Plan<A>& plan);
+
+// Where the corners (y, x) of a plan lie in a window; of those outside, in its border.
+template <typename A>
+void find_corners(const Plan<A>& plan, int count, int width, const Place& place, int64_t* at);
 
 // The same for a forward pass, for some taps of an offset group.
 template <typename A>
@@ -111,51 +120,5 @@ PlaneLines plane_lines(const ModulatedDeformConv2dParams& p, const Block& b, int
 template <typename A>
 RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int offset_group,
                       Plan<A>& plan);
-
-// The four corners of a sample, or zeros.
-template <typename S>
-struct Corners {
-  const S* at[4];
-};
-
-template <typename S, typename A>
-MAFNET_INLINE Corners<S> inner_corners(const Source<S>& source, const Plan<A>& plan, int i) {
-  const S* top = source.data + plan.offset[i];
-  const S* bottom = top + source.row_stride;
-  return {{top, top + source.column_stride, bottom, bottom + source.column_stride}};
-}
-
-// Which corners lie in the image.
-MAFNET_INLINE bool corner_is_inside(int height, int width, int y, int x, int corner) {
-  return static_cast<unsigned>(y + corner / 2) < static_cast<unsigned>(height) &&
-         static_cast<unsigned>(x + corner % 2) < static_cast<unsigned>(width);
-}
-
-template <typename S, typename A>
-MAFNET_INLINE Corners<S> edge_corners(const ModulatedDeformConv2dParams& p, const Source<S>& source,
-                                      const Plan<A>& plan, int i, const S* zeros) {
-  Corners<S> corners = inner_corners(source, plan, i);
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    const bool inside = corner_is_inside(p.height, p.width, plan.y[i], plan.x[i], k);
-    corners.at[k] = inside ? corners.at[k] : zeros;
-  }
-  return corners;
-}
-
-// Calls body(i, corners) for the pixels of a block; corners point at channel `low` of the source.
-template <typename S, typename A, typename Body>
-MAFNET_INLINE void for_samples(const ModulatedDeformConv2dParams& p, const Block& b,
-                               const Source<S>& source, const Plan<A>& plan, const S* zeros,
-                               const Body& body) {
-  for (int begin = 0; begin < b.count; begin += kChunk) {
-    const int end = std::min(b.count, begin + kChunk);
-    if (plan.inside[begin / kChunk]) {
-      for (int i = begin; i < end; ++i) body(i, inner_corners(source, plan, i));
-    } else {
-      for (int i = begin; i < end; ++i) body(i, edge_corners(p, source, plan, i, zeros));
-    }
-  }
-}
 
 }  // namespace mafnet
