@@ -90,6 +90,18 @@ Elements<void*> grad_plane(const Task<A>& t, int tap, int kind, int64_t pixel) {
   return {p.grad_offset, p.offset_dtype, plane * p.pixels() + pixel, 0, 1};
 }
 
+// Where the gradients of a tap go.
+template <typename A>
+PlaneLines grad_lines(const Task<A>& t, int tap, int64_t pixel) {
+  if (t.p.grad_offset == nullptr || t.p.grad_mask == nullptr) return {};
+  const auto begin = [&](int kind) {
+    const Elements<void*> plane = grad_plane(t, tap, kind, pixel);
+    return static_cast<const char*>(plane.data) + plane.first * element_bytes(plane.dtype);
+  };
+  const int bytes = static_cast<int>(element_bytes(t.p.offset_dtype));
+  return {begin(0), begin(2), begin(1) - begin(0), 0, bytes};
+}
+
 // Where the sums of a plane over several segments begin; the owned pixels of a task follow each
 // other.
 template <typename A>
@@ -169,7 +181,8 @@ struct Twin {
 // Samples a tap of the block for all twins and adds to their grad_input.
 template <typename A>
 void backward_tap(const Task<A>& t, const Block& b, int tap, const Segment& s,
-                  const Windows& windows, const std::vector<Twin<A>>& twins, bool sampled) {
+                  const Windows& windows, const std::vector<Twin<A>>& twins, bool sampled,
+                  const PlaneLines& grads) {
   Scratch<A>& scratch = t.scratch;
   Plan<A>& plan = *scratch.plan.data();
   plan_tap(t.p, b, t.offset_group * t.p.taps() + tap, plan);
@@ -177,6 +190,10 @@ void backward_tap(const Task<A>& t, const Block& b, int tap, const Segment& s,
   if (t.p.grad_input != nullptr) {
     find_corners(plan, b.count, t.p.width, windows.grad_source, scratch.grad_source_at);
   }
+  const bool last = tap + 1 == t.p.taps();
+  const Block next{b.n, last ? b.first + b.count : b.first, 0};
+  const PlaneLines next_lines =
+      plane_lines(t.p, next, t.offset_group * t.p.taps() + (last ? 0 : tap + 1));
   const int columns = s.stored * t.p.taps(), at = tap * s.stored;
   const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
   for (const Twin<A>& twin : twins) {
@@ -184,7 +201,7 @@ void backward_tap(const Task<A>& t, const Block& b, int tap, const Segment& s,
     run_tap(Tap<A>{b.count, s.stored, windows.source.row_stride, windows.source.column_stride,
                    sampled ? twin.source : nullptr, scratch.source_at, twin.grad_source,
                    scratch.grad_source_at, twin.grad_columns + at, grad_row, twin.columns + at, row,
-                   first ? scratch.dots : scratch.twin_dots},
+                   first ? scratch.dots : scratch.twin_dots, next_lines, grads},
             plan);
     if (sampled && !first) add_dots(b.count, scratch.twin_dots, scratch.dots);
   }
@@ -208,7 +225,9 @@ void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
   plan_block(p, b, *scratch.plan.data());
   const bool sampled = mine && t.needs_samples();
   for (int k = 0; k < p.taps() && (sampled || p.grad_input != nullptr); ++k) {
-    backward_tap(t, b, k, s, windows, twins, sampled);
+    const bool planes_follow = sampled && !owned.summed;
+    backward_tap(t, b, k, s, windows, twins, sampled,
+                 planes_follow ? grad_lines(t, k, b.first) : PlaneLines{});
     if (sampled) store_grad_planes(t, b, k, owned);
   }
   for (const Twin<A>& twin : twins) {

@@ -22,6 +22,9 @@ struct Tap {
   A* columns;  // the samples
   int64_t row;
   A (*dots)[4];  // of the corners with grad_sample
+  // Planes for the caches to be told of, a line now and then: those that the next tap reads, and
+  // those of its own gradients.
+  PlaneLines next, grads;
 };
 
 // Takes the samples and their corners' dots with grad_sample, and adds grad_sample to the corners
@@ -30,6 +33,10 @@ template <bool kSample, bool kScatter, typename L, typename A, typename Channels
 MAFNET_INLINE void run_tap(const Tap<A> t, const Plan<A>& plan, Channels channels) {
   const int64_t right = t.column_stride, down = t.row_stride;
   for (int i = 0; i < t.count; ++i) {
+    if (i % kChunk == 0) {
+      t.next.prefetch(i);
+      t.grads.prefetch(i);
+    }
     const A w0 = plan.weight[0][i], w1 = plan.weight[1][i];
     const A w2 = plan.weight[2][i], w3 = plan.weight[3][i];
     const A *top = nullptr, *grad = t.grad + i * t.grad_row;

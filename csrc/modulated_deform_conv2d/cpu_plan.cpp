@@ -240,10 +240,6 @@ void plan_block(const ModulatedDeformConv2dParams& p, const Block& b, Plan<A>& p
 
 template <typename A>
 void plan_tap(const ModulatedDeformConv2dParams& p, const Block& b, int plane, Plan<A>& plan) {
-  if (plane + 1 < p.offset_groups * p.taps()) {
-    const Planes next = planes_of(p, b, plane + 1);
-    for (int i = 0; i < (p.mask == nullptr ? 2 : 3); ++i) prefetch(next.at[i], b.count);
-  }
   with_inputs(p, b, plane, plan, [&](const Inputs<A>& in) MAFNET_INLINE_LAMBDA {
     plan_positions(p, b.count, in, plan);
   });
@@ -298,6 +294,10 @@ RowRange touched_rows(const ModulatedDeformConv2dParams& p, const Block& b, int 
   int low = p.height, high = -1;  // of the upper rows of the cells
   plan_block(p, b, plan);
   for (int k = 0; k < p.taps(); ++k) {
+    if (k + 1 < p.taps()) {
+      const Planes next = planes_of(p, b, offset_group * p.taps() + k + 1);
+      for (int i = 0; i < (p.mask == nullptr ? 2 : 3); ++i) prefetch(next.at[i], b.count);
+    }
     plan_tap(p, b, offset_group * p.taps() + k, plan);
     for (int i = 0; i < b.count; ++i) {
       const bool used =
