@@ -16,17 +16,19 @@ struct Scratch {
   explicit Scratch(const Backward<A>& f)
       : columns(static_cast<size_t>(f.twins) * kMaxBlock * round_up(f.max_columns, kRowPad)),
         grad_columns(static_cast<size_t>(f.twins) * kMaxBlock *
-                     round_up(f.max_columns, kColumnPad)),
+                     round_up(f.joined * f.max_columns, kColumnPad)),
         grad_output(static_cast<size_t>(f.twins) * kMaxBlock * f.out),
-        grad_weight(static_cast<size_t>(f.twins) * round_up(f.max_columns, kRowPad) * f.out),
+        grad_weight(static_cast<size_t>(f.joined * f.twins) * round_up(f.max_columns, kRowPad) *
+                    f.out),
         grad_bias(f.out),
         window(0),
         grad_window(0),
         grad_planes(0),
         plan(1) {}
-  Buffer<A> columns, grad_columns, grad_output, grad_weight;  // of each twin
-  Buffer<double> grad_bias;                                   // of a block
-  Buffer<A> window, grad_window;  // rows of input and of grad_input, of each twin
+  // Of each twin; the last of each segment.
+  Buffer<A> columns, grad_columns, grad_output, grad_weight;
+  Buffer<double> grad_bias;       // of a block
+  Buffer<A> window, grad_window;  // rows of input and of grad_input, of each segment
   Buffer<A> grad_planes;          // of grad_offset and grad_mask, summed over several segments
   Buffer<Plan<A>> plan;
   alignas(64) int64_t source_at[kMaxBlock], grad_source_at[kMaxBlock];  // corners of a tap
@@ -35,7 +37,7 @@ struct Scratch {
   alignas(64) A grad[3][kMaxBlock];  // dy, dx, mask
 };
 
-// One task, with what its parts share.
+// One task, or what it does for one of several offset groups, with what all share.
 template <typename A>
 struct Task {
   const ModulatedDeformConv2dParams& p;
@@ -178,68 +180,85 @@ struct Twin {
   const A* grad_output = nullptr;  // rows of the block, perhaps in buffer
 };
 
+// What a task works on in a block for one offset group.
+template <typename A>
+struct Member {
+  const Task<A>& t;
+  Windows windows;
+  std::vector<Twin<A>> twins;
+};
+
 // Samples a tap of the block for all twins and adds to their grad_input.
 template <typename A>
-void backward_tap(const Task<A>& t, const Block& b, int tap, const Segment& s,
-                  const Windows& windows, const std::vector<Twin<A>>& twins, bool sampled,
+void backward_tap(const Member<A>& m, const Block& b, int tap, bool sampled,
                   const PlaneLines& grads) {
+  const Task<A>& t = m.t;
+  const int taps = t.p.taps(), index = m.twins[0].index, stored = t.f.segments[index].stored;
   Scratch<A>& scratch = t.scratch;
   Plan<A>& plan = *scratch.plan.data();
-  plan_tap(t.p, b, t.offset_group * t.p.taps() + tap, plan);
-  if (sampled) find_corners(plan, b.count, t.p.width, windows.source, scratch.source_at);
+  plan_tap(t.p, b, t.offset_group * taps + tap, plan);
+  if (sampled) find_corners(plan, b.count, t.p.width, m.windows.source, scratch.source_at);
   if (t.p.grad_input != nullptr) {
-    find_corners(plan, b.count, t.p.width, windows.grad_source, scratch.grad_source_at);
+    find_corners(plan, b.count, t.p.width, m.windows.grad_source, scratch.grad_source_at);
   }
-  const bool last = tap + 1 == t.p.taps();
+  const bool last = tap + 1 == taps;
   const Block next{b.n, last ? b.first + b.count : b.first, 0};
   const PlaneLines next_lines =
-      plane_lines(t.p, next, t.offset_group * t.p.taps() + (last ? 0 : tap + 1));
-  const int columns = s.stored * t.p.taps(), at = tap * s.stored;
-  const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
-  for (const Twin<A>& twin : twins) {
-    const bool first = &twin == twins.data();
-    run_tap(Tap<A>{b.count, s.stored, windows.source.row_stride, windows.source.column_stride,
-                   sampled ? twin.source : nullptr, scratch.source_at, twin.grad_source,
-                   scratch.grad_source_at, twin.grad_columns + at, grad_row, twin.columns + at, row,
-                   first ? scratch.dots : scratch.twin_dots, next_lines, grads},
-            plan);
+      plane_lines(t.p, next, t.offset_group * taps + (last ? 0 : tap + 1));
+  const int at = tap * stored, row = round_up(t.f.columns_of(index), kRowPad);
+  for (const Twin<A>& twin : m.twins) {
+    const bool first = &twin == m.twins.data();
+    run_tap(
+        Tap<A>{b.count, stored, m.windows.source.row_stride, m.windows.source.column_stride,
+               sampled ? twin.source : nullptr, scratch.source_at, twin.grad_source,
+               scratch.grad_source_at, twin.grad_columns + at, t.f.grad_row_of(index),
+               twin.columns + at, row, first ? scratch.dots : scratch.twin_dots, next_lines, grads},
+        plan);
     if (sampled && !first) add_dots(b.count, scratch.twin_dots, scratch.dots);
   }
 }
 
+// What follows from the gradients of a block's samples.
 template <typename A>
-void backward_block(const Task<A>& t, const Piece& piece, const Owned<A>& owned,
-                    const Windows& windows, std::vector<Twin<A>>& twins) {
+void backward_samples(const Member<A>& m, const Piece& piece, const Block& b,
+                      const Owned<A>& owned) {
+  const Task<A>& t = m.t;
   const ModulatedDeformConv2dParams& p = t.p;
-  const Segment& s = t.f.segments[twins[0].index];
-  Scratch<A>& scratch = t.scratch;
-  const Block b{t.n, piece.first, piece.count};
-  const int columns = t.f.columns_of(twins[0].index);
-  const int row = round_up(columns, kRowPad), grad_row = round_up(columns, kColumnPad);
-  const bool mine = t.owns(piece);
-  for (Twin<A>& twin : twins) {
-    twin.grad_output = grad_rows_of(t, b, t.f.segments[twin.index].group, twin.buffer);
-    multiply(Matrix<A>{twin.grad_output, t.f.out, 1}, t.f.weight.data() + t.f.weight_at[twin.index],
-             grad_row, b.count, p.group_outputs(), grad_row, twin.grad_columns, grad_row, false);
-  }
-  plan_block(p, b, *scratch.plan.data());
-  const bool sampled = mine && t.needs_samples();
+  const bool mine = t.owns(piece), sampled = mine && t.needs_samples();
   for (int k = 0; k < p.taps() && (sampled || p.grad_input != nullptr); ++k) {
     const bool planes_follow = sampled && !owned.summed;
-    backward_tap(t, b, k, s, windows, twins, sampled,
-                 planes_follow ? grad_lines(t, k, b.first) : PlaneLines{});
+    backward_tap(m, b, k, sampled, planes_follow ? grad_lines(t, k, b.first) : PlaneLines{});
     if (sampled) store_grad_planes(t, b, k, owned);
   }
-  for (const Twin<A>& twin : twins) {
-    if (mine && p.grad_weight != nullptr) {
-      multiply(Matrix<A>{twin.columns, 1, row}, twin.grad_output, t.f.out, columns, b.count,
-               t.f.out, twin.grad_weight, t.f.out, true);
+  if (!mine) return;
+  for (const Twin<A>& twin : m.twins) {
+    const Segment& s = t.f.segments[twin.index];
+    const int columns = t.f.columns_of(twin.index);
+    if (p.grad_weight != nullptr) {
+      multiply(Matrix<A>{twin.columns, 1, round_up(columns, kRowPad)}, twin.grad_output, t.f.out,
+               columns, b.count, t.f.out, twin.grad_weight, t.f.out, true);
     }
-    const Segment& of_twin = t.f.segments[twin.index];
-    if (mine && p.grad_bias != nullptr && of_twin.group_low == 0) {
-      add_grad_bias(t, piece, of_twin.group, twin.grad_output);
+    if (p.grad_bias != nullptr && s.group_low == 0) {
+      add_grad_bias(t, piece, s.group, twin.grad_output);
     }
   }
+}
+
+// All members share the gradients of the output, and one product makes those of their samples.
+template <typename A>
+void backward_block(std::vector<Member<A>>& members, const Piece& piece, const Owned<A>& owned) {
+  const Task<A>& t = members[0].t;
+  const Block b{t.n, piece.first, piece.count};
+  for (size_t i = 0; i < members[0].twins.size(); ++i) {
+    const Twin<A>& twin = members[0].twins[i];
+    const A* grad_output = grad_rows_of(t, b, t.f.segments[twin.index].group, twin.buffer);
+    for (Member<A>& m : members) m.twins[i].grad_output = grad_output;
+    const int row = t.f.grad_row_of(twin.index);
+    multiply(Matrix<A>{grad_output, t.f.out, 1}, t.f.weight.data() + t.f.weight_at[twin.index], row,
+             b.count, t.p.group_outputs(), row, twin.grad_columns, row, false);
+  }
+  plan_block(t.p, b, *t.scratch.plan.data());
+  for (const Member<A>& m : members) backward_samples(m, piece, b, owned);
 }
 
 }  // namespace mafnet

@@ -1,8 +1,9 @@
 // modulated_deform_conv2d on the CPU, backward.
 //
-// A task is one offset group and one band of rows of grad_input, which only this task writes. It
-// visits the blocks of output pixels that it owns, and those that reach into its band, in raster
-// order. Of a block it makes the gradients of the samples by one matrix product with the weight,
+// A task is one band of rows of grad_input of one offset group, or of a few where their columns
+// fill vectors better together; only this task writes it. It visits the blocks of output pixels
+// that it owns, and those that reach into its band, in raster order. Of a block it makes the
+// gradients of the samples by one matrix product with the weight,
 //   grad_sample[pixel][tap][channel] = sum_o grad_output[pixel][o] * weight[o][tap][channel];
 // the four corners of a sample then give their products with it to grad_offset and grad_mask, take
 // their shares of it into grad_input, and give the sample itself for grad_weight, which is a second
@@ -61,14 +62,17 @@ void write_grad_input(const Task<A>& t, const Segment& s, const Place& place, co
   }
 }
 
-// Adds the task's grad_weight of the twins to the slot and begins anew.
+// Adds the task's grad_weight to the slot and begins anew.
 template <typename A>
-void flush_grad_weight(const Task<A>& t, const std::vector<Twin<A>>& twins, int slot) {
+void flush_grad_weight(const std::vector<Member<A>>& members, int slot) {
+  const Task<A>& t = members[0].t;
   if (t.p.grad_weight == nullptr) return;
-  for (const Twin<A>& twin : twins) {
-    const int64_t size = int64_t{t.f.columns_of(twin.index)} * t.f.out;
-    A* to = t.f.grad_weight.data() + slot * t.f.slot_size + t.f.grad_at[twin.index];
-    for (int64_t i = 0; i < size; ++i) to[i] += twin.grad_weight[i];
+  for (const Member<A>& m : members) {
+    for (const Twin<A>& twin : m.twins) {
+      const int64_t size = int64_t{t.f.columns_of(twin.index)} * t.f.out;
+      A* to = t.f.grad_weight.data() + slot * t.f.slot_size + t.f.grad_at[twin.index];
+      for (int64_t i = 0; i < size; ++i) to[i] += twin.grad_weight[i];
+    }
   }
   std::fill_n(t.scratch.grad_weight.data(), t.scratch.grad_weight.size(), A(0));
 }
@@ -85,51 +89,83 @@ RowRange rows_of(const Task<A>& t) {
   return {rows.low, std::max(rows.low, rows.high)};
 }
 
-// A segment of the first twin, and those of the others at its side.
+// The windows and buffers of a segment of the first twin of the first offset group, and of those at
+// its side.
 template <typename A>
-void backward_segment(const Task<A>& t, int index, const Owned<A>& owned) {
-  const ModulatedDeformConv2dParams& p = t.p;
-  const Segment& s = t.f.segments[index];
-  Scratch<A>& scratch = t.scratch;
-  const Windows windows{make_place(rows_of(t), p.width, s.stored),
-                        make_place({t.band_begin(), t.band_end()}, p.width, s.stored)};
-  const int64_t size = window_size(windows.source), grad_size = window_size(windows.grad_source);
-  if (t.needs_samples()) scratch.window.resize(t.f.twins * size, s.stored != s.channels);
-  if (p.grad_input != nullptr) scratch.grad_window.resize(t.f.twins * grad_size);
-  std::vector<Twin<A>> twins;
-  for (int64_t i = 0; i < t.f.twins; ++i) {
-    const int of_twin = index + static_cast<int>(i * (t.f.segments.size() / t.f.twins));
-    const auto part = [&](Buffer<A>& buffer) {
-      return buffer.data() + i * (buffer.size() / t.f.twins);
-    };
-    A* source = scratch.window.data() + i * size;
-    if (t.needs_samples()) read_window(t, t.f.segments[of_twin], windows.source, source);
-    A* grad_source = p.grad_input == nullptr ? nullptr : scratch.grad_window.data() + i * grad_size;
-    twins.push_back({of_twin, source, grad_source, part(scratch.columns),
-                     part(scratch.grad_columns), part(scratch.grad_output),
-                     part(scratch.grad_weight)});
+std::vector<Member<A>> make_members(const std::vector<Task<A>>& tasks, int index) {
+  const Task<A>& first = tasks[0];
+  const Segment& s = first.f.segments[index];
+  const int64_t twins = first.f.twins;
+  Scratch<A>& scratch = first.scratch;
+  std::vector<Member<A>> members;
+  int64_t size = 0, grad_size = 0;
+  for (const Task<A>& t : tasks) {
+    const RowRange band{t.band_begin(), t.band_end()};
+    members.push_back(
+        {t,
+         {make_place(rows_of(t), t.p.width, s.stored), make_place(band, t.p.width, s.stored)},
+         {}});
+    size += twins * window_size(members.back().windows.source);
+    grad_size += twins * window_size(members.back().windows.grad_source);
   }
-  int slot = -1;
-  for (size_t i = 0; i < t.f.pieces.size(); ++i) {
-    const Piece& piece = t.f.pieces[i];
-    const bool reaches = p.grad_input != nullptr && t.ranges != nullptr &&
-                         t.ranges[i].low < t.band_end() && t.ranges[i].high > t.band_begin();
-    if (!t.owns(piece) && !reaches) continue;
-    if (t.owns(piece) && piece.slot != slot) {
-      if (slot >= 0) flush_grad_weight(t, twins, slot);
-      slot = piece.slot;
+  if (first.needs_samples()) scratch.window.resize(size, s.stored != s.channels);
+  if (first.p.grad_input != nullptr) scratch.grad_window.resize(grad_size);
+  A *source = scratch.window.data(), *grad_source = scratch.grad_window.data();
+  for (int64_t j = 0; j < static_cast<int64_t>(members.size()); ++j) {
+    Member<A>& m = members[j];
+    for (int64_t i = 0; i < twins; ++i) {
+      const auto part = [&](Buffer<A>& buffer, int64_t part, int64_t parts) {
+        return buffer.data() + part * (buffer.size() / parts);
+      };
+      const int of_twin = static_cast<int>(index + j + i * (first.f.segments.size() / twins));
+      if (first.needs_samples()) {
+        read_window(first, first.f.segments[of_twin], m.windows.source, source);
+      }
+      m.twins.push_back({of_twin, source, first.p.grad_input == nullptr ? nullptr : grad_source,
+                         part(scratch.columns, i, twins),
+                         part(scratch.grad_columns, i, twins) + j * first.f.columns_of(index),
+                         part(scratch.grad_output, i, twins),
+                         part(scratch.grad_weight, j * twins + i, first.f.joined * twins)});
+      source += window_size(m.windows.source);
+      grad_source += window_size(m.windows.grad_source);
     }
-    backward_block(t, piece, owned, windows, twins);
   }
-  if (slot >= 0) flush_grad_weight(t, twins, slot);
-  for (const Twin<A>& twin : twins) {
-    if (p.grad_input == nullptr) break;
-    write_grad_input(t, t.f.segments[twin.index], windows.grad_source, twin.grad_source);
-  }
+  return members;
 }
 
 template <typename A>
-void backward_task(const Task<A>& t) {
+void backward_segments(const std::vector<Task<A>>& tasks, int index, const Owned<A>& owned) {
+  const Task<A>& first = tasks[0];
+  std::vector<Member<A>> members = make_members(tasks, index);
+  int slot = -1;
+  for (size_t i = 0; i < first.f.pieces.size(); ++i) {
+    const Piece& piece = first.f.pieces[i];
+    const auto reaches = [&](const Task<A>& t) {
+      return t.p.grad_input != nullptr && t.ranges != nullptr && t.ranges[i].low < t.band_end() &&
+             t.ranges[i].high > t.band_begin();
+    };
+    const bool mine = first.owns(piece);
+    if (!mine && std::none_of(tasks.begin(), tasks.end(), reaches)) continue;
+    if (mine && piece.slot != slot) {
+      if (slot >= 0) flush_grad_weight(members, slot);
+      slot = piece.slot;
+    }
+    backward_block(members, piece, owned);
+  }
+  if (slot >= 0) flush_grad_weight(members, slot);
+  if (first.p.grad_input == nullptr) return;
+  for (const Member<A>& m : members) {
+    for (const Twin<A>& twin : m.twins) {
+      write_grad_input(first, first.f.segments[twin.index], m.windows.grad_source,
+                       twin.grad_source);
+    }
+  }
+}
+
+// Offset groups that are joined, as a task of each.
+template <typename A>
+void backward_tasks(const std::vector<Task<A>>& tasks) {
+  const Task<A>& t = tasks[0];
   const ModulatedDeformConv2dParams& p = t.p;
   std::vector<int> mine;
   for (size_t s = 0; s < t.f.segments.size() / t.f.twins; ++s) {
@@ -139,7 +175,7 @@ void backward_task(const Task<A>& t) {
   const int64_t first = t.f.first_pixel(p, t.band);
   const Owned<A> owned{first, t.f.first_pixel(p, t.band + 1) - first, mine.size() > 1};
   if (owned.summed) t.scratch.grad_planes.resize(3 * p.taps() * owned.pixels);
-  for (const int s : mine) backward_segment(t, s, owned);
+  for (const int s : mine) backward_segments(tasks, s, owned);
   for (int k = 0; k < p.taps() && owned.summed; ++k) {
     for (int kind = 0; kind < 3; ++kind) {
       const Elements<void*> to = grad_plane(t, k, kind, owned.first);
@@ -248,14 +284,18 @@ void backward(const ModulatedDeformConv2dParams& p) {
       const int64_t first = f.first_pixel(p, low);
       const int64_t pixels = f.first_pixel(p, low + f.slice) - first;
       if (with_flow) flow_sums.resize(2 * p.offset_groups * pixels);
-      parallel_for(0, int64_t{p.offset_groups} * f.slice, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, p.offset_groups / f.joined * f.slice, 1, [&](int64_t begin, int64_t end) {
         Scratch<A> scratch(f);
         for (int64_t i = begin; i < end; ++i) {
-          const int g = static_cast<int>(i / f.slice);
+          const int group = static_cast<int>(i / f.slice) * f.joined;
           const int band = low + static_cast<int>(i % f.slice);
-          const RowRange* mine = banded ? ranges.data() + g * f.pieces.size() : nullptr;
-          A* grad_flow = with_flow ? flow_sums.data() + 2 * g * pixels : nullptr;
-          backward_task(Task<A>{p, f, scratch, mine, grad_flow, first, pixels, n, g, band});
+          std::vector<Task<A>> tasks;
+          for (int g = group; g < group + f.joined; ++g) {
+            const RowRange* mine = banded ? ranges.data() + g * f.pieces.size() : nullptr;
+            A* grad_flow = with_flow ? flow_sums.data() + 2 * g * pixels : nullptr;
+            tasks.push_back(Task<A>{p, f, scratch, mine, grad_flow, first, pixels, n, g, band});
+          }
+          backward_tasks(tasks);
         }
       });
       if (with_flow) sum_flows(p, n, first, pixels, flow_sums.data());

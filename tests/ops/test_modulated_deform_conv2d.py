@@ -120,6 +120,9 @@ CASES = {
     "channels 40 in 2 and 4": Case(
         batch=1, channels=40, out_channels=34, size=(3, 4), groups=2, offset_groups=4
     ),
+    "channels 48 in 2 and 16": Case(
+        batch=1, channels=48, out_channels=6, size=(3, 4), groups=2, offset_groups=16
+    ),
     "166 outputs in 2": Case(batch=1, channels=4, out_channels=166, size=(2, 3), groups=2),
     "one channel": Case(channels=1, out_channels=1),
     "33 images": Case(batch=33, channels=1, out_channels=2, size=(2, 3), kernel=(1, 1)),
