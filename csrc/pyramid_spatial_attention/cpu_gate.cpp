@@ -107,11 +107,7 @@ struct Block {
   template <typename T>
   Row<T> read(const Source& image, const SpatialGateParams& p, const Gate<A>& gate,
               Buffer<A>& buffer) {
-    if constexpr (std::is_same_v<T, A>) {
-      return read_row(image, n, y, x, count, p.channels, buffer.data(), gate.row);
-    } else {
-      return {pixel_at<T>(image, n, y, x), image.stride[3]};
-    }
+    return row_as<T>(image, n, y, x, count, p.channels, buffer.data(), gate.row);
   }
 
   size_t size;

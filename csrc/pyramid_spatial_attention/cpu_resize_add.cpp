@@ -1,140 +1,199 @@
-// resize_add and its transpose, row by row: first along the rows, which are mixed as a whole, then
-// along the columns.
+// resize_add and its transpose, a row of the result at a time, in one pass: the rows that it is made
+// of are mixed pixel by pixel, and a mixed pixel stays in registers while neighbours share it.
 #include "common/parallel.h"
 #include "pyramid_spatial_attention/resize.h"
 
 namespace mafnet {
 namespace {
 
-// Rows of a pass over one axis, which the other pass mixes.
-template <typename A>
-void mix_rows(const Source& image, int64_t n, const TermLists<A>& rows, int row, int width,
-              int channels, std::vector<Part<A>>& parts, Buffer<A>& read, A* mixed) {
-  const int64_t size = int64_t{width} * channels;
-  read.resize(static_cast<size_t>(rows.count(row)) * size, false);
-  parts.clear();
-  bool dense = true;
-  for (const Term<A>* t = rows.begin(row); t != rows.end(row); ++t) {
-    const Row<A> from = read_row(image, n, t->at, 0, width, channels,
-                                 read.data() + static_cast<int64_t>(parts.size()) * size, channels);
-    dense = dense && from.stride == channels;
-    parts.push_back({from.data, t->weight});
-  }
-  if (!dense && width > 1) {  // pixels with gaps between them
-    for (size_t i = 0; i < parts.size(); ++i) {
-      A* to = read.data() + static_cast<int64_t>(i) * size;
-      copy_row(image, n, rows.begin(row)[i].at, 0, width, channels, to, channels);
-      parts[i].from = to;
-    }
-  }
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    combine<decltype(level)>(parts.data(), static_cast<int>(parts.size()), static_cast<int>(size),
-                             mixed);
-  });
-}
+// Vectors of a pixel in hand at once: those of two mixed pixels and of a third fit the registers.
+constexpr int kVectors = 4;
 
-// to[x] = the weighted sum of one or two pixels, plus other[x] where there is one.
-template <typename L, bool kTwo, typename A, typename T>
-MAFNET_INLINE void mix_pixel(const Term<A>* terms, int channels, const A* mixed, const T* other,
-                             T* to) {
-  const A first = terms[0].weight, second = kTwo ? terms[1].weight : A{0};
-  const A* low = mixed + int64_t{terms[0].at} * channels;
-  const A* high = kTwo ? mixed + int64_t{terms[1].at} * channels : low;
-  for_channels<L, A>(channels, [&](auto type, int c) MAFNET_INLINE_LAMBDA {
-    using V = typename decltype(type)::type;
-    V sum = first * load<V>(low + c);
-    if constexpr (kTwo) sum += second * load<V>(high + c);
-    store_stored<V>(to + c, other == nullptr ? sum : sum + load_stored<V>(other + c));
-  });
-}
-
-// Pixel x of `to` = the sum of the terms of x over the pixels of mixed, plus pixel x of other where
-// there is one: one pass over the row, whose sums go where they belong.
+// Rows of an image and their weights, in pixels of type T.
 template <typename A, typename T>
-void mix_columns(const TermLists<A>& columns, int width, int channels, const A* mixed,
-                 const Row<T>& other, std::vector<Part<A>>& parts, T* to, int64_t to_stride) {
-  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
-    using L = decltype(level);
-    for (int x = 0; x < width; ++x) {
-      const T* added = other.data == nullptr ? nullptr : other.data + x * other.stride;
-      T* at = to + x * to_stride;
-      const Term<A>* terms = columns.begin(x);
-      const int count = columns.count(x);
-      if (count == 2) {
-        mix_pixel<L, true>(terms, channels, mixed, added, at);
-      } else if (count == 1) {
-        mix_pixel<L, false>(terms, channels, mixed, added, at);
-      } else if constexpr (std::is_same_v<T, A>) {  // backward: no other
-        parts.clear();
-        for (int i = 0; i < count; ++i) {
-          parts.push_back({mixed + int64_t{terms[i].at} * channels, terms[i].weight});
-        }
-        combine<L>(parts.data(), count, channels, at);
+struct Mix {
+  std::vector<Part<A, T>> rows;
+  int64_t stride = 0;  // of pixels
+
+  // sums = the weighted sum of the rows, for N vectors of pixel x from channel c on.
+  template <typename V, int N>
+  MAFNET_INLINE void pixel(int x, int c, V (&sums)[N]) const {
+    const int64_t at = x * stride + c;
+    const Part<A, T>*row = rows.data(), *end = row + rows.size();
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      sums[v] = row->weight * load_stored<V>(row->from + at + v * (sizeof(V) / sizeof(A)));
+    }
+    while (++row != end) {
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) {
+        sums[v] += row->weight * load_stored<V>(row->from + at + v * (sizeof(V) / sizeof(A)));
       }
     }
+  }
+};
+
+template <typename A, typename V, int N, typename T>
+MAFNET_INLINE void put(T* to, const V (&sums)[N]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) store_stored<V>(to + v * (sizeof(V) / sizeof(A)), sums[v]);
+}
+
+// to = the pixels of mix resized to the `width` of columns, plus other.
+template <typename V, int N, typename A, typename T>
+MAFNET_INLINE void resize_row(const Mix<A, T>& mix, const TermLists<A>& columns, int width, int c,
+                              const Row<T>& other, T* to, int64_t to_stride) {
+  V low[N], high[N];           // of pixels at and at + 1
+  int at = -1, known = at;     // pixels up to the latter are in low and high
+  for (int x = 0; x < width; ++x) {
+    const Term<A>* terms = columns.begin(x);
+    const bool two = columns.count(x) == 2;
+    if (terms[0].at != at) {
+      at = terms[0].at;
+      if (known == at) {
+        std::copy_n(high, N, low);
+      } else {
+        mix.pixel(at, c, low);
+      }
+      known = at;
+    }
+    if (two && known == at) mix.pixel(known = at + 1, c, high);
+    V sums[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      sums[v] = terms[0].weight * low[v];
+      if (two) sums[v] += terms[1].weight * high[v];
+      sums[v] += load_stored<V>(other.data + x * other.stride + c + v * (sizeof(V) / sizeof(A)));
+    }
+    put<A>(to + x * to_stride + c, sums);
+  }
+}
+
+// to = the transpose: pixel x of mix, `width` of them, goes to the pixels that columns name.
+template <typename V, int N, typename A, typename T>
+MAFNET_INLINE void gather_row(const Mix<A, T>& mix, const TermLists<A>& columns, int width, int c,
+                              int to_width, T* to, int64_t to_stride) {
+  const bool none = mix.rows.empty();  // larger than what it was made from
+  V low[N]{}, high[N]{};               // of pixels at and at + 1
+  int at = 0;
+  const auto next = [&]() MAFNET_INLINE_LAMBDA {
+    put<A>(to + at++ * to_stride + c, low);
+    std::copy_n(high, N, low);
+    std::fill_n(high, N, V{});
+  };
+  for (int x = 0; x < width && !none; ++x) {
+    const Term<A>* terms = columns.begin(x);
+    const bool two = columns.count(x) == 2;
+    V sums[N];
+    mix.pixel(x, c, sums);
+    while (at < terms[0].at) next();
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      low[v] += terms[0].weight * sums[v];
+      if (two) high[v] += terms[1].weight * sums[v];
+    }
+  }
+  while (at < to_width) next();
+}
+
+// Calls body(Type<V>{}, a number of vectors V, c) for channels in the order of c.
+template <typename A, typename Body>
+void for_vectors(int channels, const Body& body) {
+  with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
+    using L = decltype(level);
+    constexpr int kLanes = L::kBytes / sizeof(A);
+    int c = 0;
+    for (; c + kVectors * kLanes <= channels; c += kVectors * kLanes) {
+      body(Type<VectorOf<A, kLanes>>{}, std::integral_constant<int, kVectors>{}, c);
+    }
+    for_channels<L, A>(channels - c, [&](auto type, int rest) MAFNET_INLINE_LAMBDA {
+      body(type, std::integral_constant<int, 1>{}, c + rest);
+    });
   });
 }
 
-// to = matrix of rows * from * matrix of columns (+ other): one image of `height` x `width`.
-template <typename A>
-void apply(const ResizeAddParams& p, const Source& from, int from_width, const TermLists<A>& rows,
-           const TermLists<A>& columns, int height, int width, const Source* other,
-           const Target& to) {
+// Calls make_row(n, y, mix, to, stride) for every row of `to`, pixels that are made of the rows of
+// `from` that `rows` lists. T is A, or BFloat16 where all images lie so.
+template <typename A, typename T, typename MakeRow>
+void for_mixed_rows(const ResizeAddParams& p, const Source& from, int from_width,
+                    const TermLists<A>& rows, const Target& to, int height, int width,
+                    const MakeRow& make_row) {
   prepare(to, p.batch, int64_t{p.channels} * height * width);
-  const bool in_place = lies_as<A>(to);
-  // Outputs without terms, or of more than two, are sums of floats.
-  const bool in_bf16 = other != nullptr && lies_as<BFloat16>(*other) && lies_as<BFloat16>(to);
+  const bool copies = !lies_as<T>(from), in_place = lies_as<T>(to);
+  const int64_t size = int64_t{from_width} * p.channels;
   parallel_for(0, p.batch * height, 4, [&](int64_t begin, int64_t end) {
-    Buffer<A> read(0), mixed(static_cast<size_t>(from_width) * p.channels, false);
-    const size_t size = static_cast<size_t>(width) * p.channels;
-    Buffer<A> pixels(in_place ? 0 : size, false), others(other ? size : 0, false);
-    std::vector<Part<A>> parts;
+    Mix<A, T> mix;
+    Buffer<A> read(0), made(in_place ? 0 : static_cast<size_t>(width) * p.channels, false);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t n = r / height;
       const int y = static_cast<int>(r % height);
-      mix_rows(from, n, rows, y, from_width, p.channels, parts, read, mixed.data());
-      if constexpr (sizeof(A) == 4) {
-        if (in_bf16) {
-          const Row<BFloat16> added{pixel_at<BFloat16>(*other, n, y, 0), other->stride[3]};
-          mix_columns(columns, width, p.channels, mixed.data(), added, parts,
-                      pixel_at<BFloat16>(to, n, y, 0), to.stride[3]);
-          continue;
-        }
-      }
-      Row<A> added{nullptr, 0};
-      if (other != nullptr) {
-        added = read_row(*other, n, y, 0, width, p.channels, others.data(), p.channels);
+      if (copies) read.resize(static_cast<size_t>(rows.count(y) * size), false);
+      mix.rows.clear();
+      for (const Term<A>* t = rows.begin(y); t != rows.end(y); ++t) {
+        A* buffer = read.data() + (t - rows.begin(y)) * size;
+        const auto row = row_as<T>(from, n, t->at, 0, from_width, p.channels, buffer, p.channels);
+        mix.rows.push_back({row.data, t->weight});
+        mix.stride = row.stride;
       }
       if (in_place) {
-        mix_columns(columns, width, p.channels, mixed.data(), added, parts,
-                    pixel_at<A>(to, n, y, 0), to.stride[3]);
-        continue;
+        make_row(n, y, mix, pixel_at<T>(to, n, y, 0), to.stride[3]);
+      } else if constexpr (std::is_same_v<T, A>) {
+        make_row(n, y, mix, made.data(), p.channels);
+        write_row(made.data(), p.channels, width, p.channels, to, n, y, 0);
       }
-      mix_columns(columns, width, p.channels, mixed.data(), added, parts, pixels.data(),
-                  p.channels);
-      write_row(pixels.data(), p.channels, width, p.channels, to, n, y, 0);
     }
   });
+}
+
+template <typename A, typename T>
+void forward(const ResizeAddParams& p) {
+  const auto rows = resize_terms<A>(p.height, p.out_height);
+  const auto columns = resize_terms<A>(p.width, p.out_width);
+  const int width = p.out_width, channels = p.channels;
+  for_mixed_rows<A, T>(
+      p, p.input, p.width, rows, p.output, p.out_height, width,
+      [&](int64_t n, int y, const Mix<A, T>& mix, T* to, int64_t stride) {
+        const bool copies = !lies_as<T>(p.other);
+        Buffer<A> others(copies ? static_cast<size_t>(width) * channels : 0, false);
+        const Row<T> other =
+            row_as<T>(p.other, n, y, 0, width, channels, others.data(), channels);
+        for_vectors<A>(channels, [&](auto type, auto number, int c) MAFNET_INLINE_LAMBDA {
+          using V = typename decltype(type)::type;
+          resize_row<V, number>(mix, columns, width, c, other, to, stride);
+        });
+      });
+}
+
+template <typename A, typename T>
+void backward(const ResizeAddParams& p) {
+  const auto rows = transposed(resize_terms<A>(p.height, p.out_height), p.height, p.out_height);
+  const auto columns = resize_terms<A>(p.width, p.out_width);
+  const int width = p.width;
+  for_mixed_rows<A, T>(
+      p, p.grad_output, p.out_width, rows, p.grad_input, p.height, width,
+      [&](int64_t, int, const Mix<A, T>& mix, T* to, int64_t stride) {
+        for_vectors<A>(p.channels, [&](auto type, auto number, int c) MAFNET_INLINE_LAMBDA {
+          using V = typename decltype(type)::type;
+          gather_row<V, number>(mix, columns, p.out_width, c, width, to, stride);
+        });
+      });
 }
 
 }  // namespace
 
 int launch_resize_add_forward(const ResizeAddParams& p, void*) {
-  return with_accumulator(p.dtype, [&](auto a) {
-    using A = decltype(a);
-    apply<A>(p, p.input, p.width, resize_terms<A>(p.height, p.out_height),
-             resize_terms<A>(p.width, p.out_width), p.out_height, p.out_width, &p.other, p.output);
-  });
+  const auto in_bf16 = [](const auto& image) { return lies_as<BFloat16>(image); };
+  if (in_bf16(p.input) && in_bf16(p.other) && in_bf16(p.output)) {
+    return forward<float, BFloat16>(p), 0;
+  }
+  return with_accumulator(p.dtype, [&](auto a) { forward<decltype(a), decltype(a)>(p); });
 }
 
 int launch_resize_add_backward(const ResizeAddParams& p, void*) {
-  return with_accumulator(p.dtype, [&](auto a) {
-    using A = decltype(a);
-    const auto rows = resize_terms<A>(p.height, p.out_height);
-    const auto columns = resize_terms<A>(p.width, p.out_width);
-    apply<A>(p, p.grad_output, p.out_width, transposed(rows, p.height, p.out_height),
-             transposed(columns, p.width, p.out_width), p.height, p.width, nullptr, p.grad_input);
-  });
+  if (lies_as<BFloat16>(p.grad_output) && lies_as<BFloat16>(p.grad_input)) {
+    return backward<float, BFloat16>(p), 0;
+  }
+  return with_accumulator(p.dtype, [&](auto a) { backward<decltype(a), decltype(a)>(p); });
 }
 
 }  // namespace mafnet

@@ -71,9 +71,9 @@ TermLists<A> transposed(const TermLists<A>& lists, int inputs, int outputs) {
 }
 
 // A term whose source has been looked up.
-template <typename A>
+template <typename A, typename T = A>
 struct Part {
-  const A* from;
+  const T* from;
   A weight;
 };
 

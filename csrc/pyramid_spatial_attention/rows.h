@@ -66,6 +66,17 @@ Row<A> read_row(const Source& image, int64_t n, int64_t y, int64_t x, int count,
   return {buffer, buffer_stride};
 }
 
+// The same where T is A; pixels of another type T are read where they lie.
+template <typename T, typename A>
+Row<T> row_as(const Source& image, int64_t n, int64_t y, int64_t x, int count, int channels,
+              A* buffer, int64_t buffer_stride) {
+  if constexpr (std::is_same_v<T, A>) {
+    return read_row(image, n, y, x, count, channels, buffer, buffer_stride);
+  } else {
+    return {pixel_at<T>(image, n, y, x), image.stride[3]};
+  }
+}
+
 // As read_row, but always into buffer: for products, which read beyond the last row.
 template <typename A>
 void copy_row(const Source& image, int64_t n, int64_t y, int64_t x, int count, int channels,
