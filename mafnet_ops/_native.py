@@ -97,9 +97,11 @@ class _Forward(torch.autograd.Function):
         added = OPS[ctx.name].added
         wanted = ctx.needs_input_grad[2:]
         needs = tuple(need and i not in added for i, need in enumerate(wanted))
-        backward = _run_backward if torch.compiler.is_compiling() else _Backward.apply
+        plain = torch.compiler.is_compiling() or not _is_watched((grad, output, *tensors))
+        backward = _gradients if plain else _Backward.apply
         grads = backward(ctx.name, ctx.options, needs, grad, output, *tensors)
         results = [g if need else None for g, need in zip(grads, needs)]
+        results += [None] * (len(needs) - len(results))
         for i in added:
             results[i] = grad if wanted[i] else None
         return (None, None, *results)
@@ -118,6 +120,13 @@ class _Forward(torch.autograd.Function):
 
 
 class _ForwardWithJvp(_Forward):
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Without what ``Function.apply`` does first, binding arguments to names, which takes longer than the call."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         primals = ctx.saved_for_forward
@@ -125,7 +134,7 @@ class _ForwardWithJvp(_Forward):
         return jvp_by_vjp(_reference(ctx.name, ctx.options, present), given, filled)
 
 
-def _run_backward(
+def _gradients(
     name: str,
     options: Options,
     needs: tuple[bool, ...],
@@ -135,14 +144,18 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     op = OPS[name]
     used = op.tensors
-    grads = op.backward(grad, tensors[:used], output, options, needs[:used])
-    return (*grads, *(grad.new_empty(0) for _ in range(5 - used)))
+    return op.backward(grad, tensors[:used], output, options, needs[:used])
+
+
+def _five_gradients(*args: Any) -> tuple[Tensor, ...]:
+    grads, grad = _gradients(*args), args[3]
+    return (*grads, *(grad.new_empty(0) for _ in range(5 - len(grads))))
 
 
 class _Backward(torch.autograd.Function):
     """The raw backward op, whose own gradient goes through the reference; ``output`` follows from the tensors."""
 
-    forward = staticmethod(keep_signature(_run_backward))
+    forward = staticmethod(keep_signature(_five_gradients))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
