@@ -20,31 +20,24 @@ struct Mix {
   MAFNET_INLINE void pixel(int x, int c, V (&sums)[N]) const {
     const int64_t at = x * stride + c;
     const Part<A, T>*row = rows.data(), *end = row + rows.size();
+    V read[N];
+    load_vectors(row->from + at, read);
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) {
-      sums[v] = row->weight * load_stored<V>(row->from + at + v * (sizeof(V) / sizeof(A)));
-    }
+    for (int v = 0; v < N; ++v) sums[v] = row->weight * read[v];
     while (++row != end) {
+      load_vectors(row->from + at, read);
 #pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) {
-        sums[v] += row->weight * load_stored<V>(row->from + at + v * (sizeof(V) / sizeof(A)));
-      }
+      for (int v = 0; v < N; ++v) sums[v] += row->weight * read[v];
     }
   }
 };
-
-template <typename A, typename V, int N, typename T>
-MAFNET_INLINE void put(T* to, const V (&sums)[N]) {
-#pragma GCC unroll 4
-  for (int v = 0; v < N; ++v) store_stored<V>(to + v * (sizeof(V) / sizeof(A)), sums[v]);
-}
 
 // to = the pixels of mix resized to the `width` of columns, plus other.
 template <typename V, int N, typename A, typename T>
 MAFNET_INLINE void resize_row(const Mix<A, T>& mix, const TermLists<A>& columns, int width, int c,
                               const Row<T>& other, T* to, int64_t to_stride) {
-  V low[N], high[N];           // of pixels at and at + 1
-  int at = -1, known = at;     // pixels up to the latter are in low and high
+  V low[N]{}, high[N]{};    // of pixels at and at + 1
+  int at = -1, known = at;  // pixels up to the latter are there
   for (int x = 0; x < width; ++x) {
     const Term<A>* terms = columns.begin(x);
     const bool two = columns.count(x) == 2;
@@ -58,14 +51,15 @@ MAFNET_INLINE void resize_row(const Mix<A, T>& mix, const TermLists<A>& columns,
       known = at;
     }
     if (two && known == at) mix.pixel(known = at + 1, c, high);
-    V sums[N];
+    V sums[N], added[N];
+    load_vectors(other.data + x * other.stride + c, added);
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) {
       sums[v] = terms[0].weight * low[v];
       if (two) sums[v] += terms[1].weight * high[v];
-      sums[v] += load_stored<V>(other.data + x * other.stride + c + v * (sizeof(V) / sizeof(A)));
+      sums[v] += added[v];
     }
-    put<A>(to + x * to_stride + c, sums);
+    store_vectors(to + x * to_stride + c, sums);
   }
 }
 
@@ -77,7 +71,7 @@ MAFNET_INLINE void gather_row(const Mix<A, T>& mix, const TermLists<A>& columns,
   V low[N]{}, high[N]{};               // of pixels at and at + 1
   int at = 0;
   const auto next = [&]() MAFNET_INLINE_LAMBDA {
-    put<A>(to + at++ * to_stride + c, low);
+    store_vectors(to + at++ * to_stride + c, low);
     std::copy_n(high, N, low);
     std::fill_n(high, N, V{});
   };

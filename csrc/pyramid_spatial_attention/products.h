@@ -27,6 +27,7 @@ class Product {
     gather_pixels(from, rows, count, weight_.data() + int64_t{row} * columns_ + column, columns_);
   }
   const A* row(int i) const { return weight_.data() + int64_t{i} * columns_; }
+  const uint16_t* packed() const { return packed_.data(); }
   // Call once after the last load.
   void pack() {
     if constexpr (sizeof(A) == 4) {
