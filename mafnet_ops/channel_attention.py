@@ -79,7 +79,9 @@ def channel_attention(
     require_pixels(_OP, "input", input)
     pairs = require_layers(_OP, LAYERS, weights, biases)
     for i, name in enumerate(LAYERS):
-        _require_layer(input, name, *pairs[i], None if i % 2 == 0 else pairs[i - 1][0])
+        before = None if i % 2 == 0 else pairs[i - 1][0]
+        if not _is_plain_layer(input, *pairs[i], before):
+            _require_layer(input, name, *pairs[i], before)
     if statistics is None:
         statistics = channel_statistics(input)
     else:
@@ -94,10 +96,27 @@ def channel_attention(
         input.dtype
     )  # a few numbers: half precision would save nothing
     layers = [_on_one_pixel(w, b, compute) for w, b in pairs]
-    mean, maximum = (value.to(compute) for value in statistics)
-    from_mean = F.linear(F.relu(F.linear(mean, *layers[0])), *layers[1])
-    from_max = F.linear(F.relu(F.linear(maximum, *layers[2])), *layers[3])
+    mean, maximum = (_as_dtype(value, compute) for value in statistics)
+    from_mean = F.linear(torch.relu(F.linear(mean, *layers[0])), *layers[1])
+    from_max = F.linear(torch.relu(F.linear(maximum, *layers[2])), *layers[3])
     return _channel_scale(input, torch.sigmoid(from_mean + from_max))
+
+
+def _is_plain_layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None
+) -> bool:
+    """Whether the usual layer, of a 1 x 1 kernel with a bias, passes the checks, which take longer than the layer."""
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        return False
+    if not input.dtype == weight.dtype == bias.dtype:
+        return False
+    if not weight.layout == bias.layout == torch.strided:
+        return False
+    if not input.device == weight.device == bias.device:
+        return False
+    rows = weight.shape[0] if before is None else input.shape[1]
+    columns = input.shape[1] if before is None else before.shape[0]
+    return weight.shape == (rows, columns, 1, 1) and bias.shape == (rows,)
 
 
 def _require_layer(
@@ -122,7 +141,11 @@ def _on_one_pixel(
     """The layer of a convolution that reads one pixel and zeros around it."""
     centre = weight.shape[-1] // 2
     matrix = weight[:, :, centre, centre] if centre else weight.flatten(1)
-    return matrix.to(dtype), None if bias is None else bias.to(dtype)
+    return _as_dtype(matrix, dtype), None if bias is None else _as_dtype(bias, dtype)
+
+
+def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _channel_scale(input: Tensor, gate: Tensor) -> Tensor:
@@ -162,7 +185,8 @@ class ChannelAttention(nn.Module):
         self.from_mean, self.from_max = layers(), layers()
 
     def forward(self, input: Tensor, statistics: ChannelStatistics | None = None) -> Tensor:
-        convs = self.from_mean[0], self.from_mean[2], self.from_max[0], self.from_max[2]
+        (mean_in, _, mean_out), (max_in, _, max_out) = self.from_mean, self.from_max
+        convs = mean_in, mean_out, max_in, max_out
         weights: Any = [conv.weight for conv in convs]
         biases: Any = [conv.bias for conv in convs]
         return channel_attention(input, weights, biases, statistics)

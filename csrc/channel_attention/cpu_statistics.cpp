@@ -85,6 +85,10 @@ void add_statistics(const T* x, int pixels, int channels, A* block, double* tota
       for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
         sum_and_max<V, 4>(x + c, pixels, channels, sums + c, maxima + c);
       }
+      if (c + 2 * kLanes <= channels) {
+        sum_and_max<V, 2>(x + c, pixels, channels, sums + c, maxima + c);
+        c += 2 * kLanes;
+      }
       for_channels<L, A>(channels - c, [&](auto type, int more) MAFNET_INLINE_LAMBDA {
         using Some = typename decltype(type)::type;
         const int at = c + more;
