@@ -27,7 +27,7 @@ void forward(const SpatialGateParams& p) {
           const V feature = leaky_relu(load<V>(features + i * row + c) + load<V>(bias + c), slope);
           const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
           const V in = load_stored<V>(input.data + i * input.stride + c);
-          put(out + i * out_stride + c, V(in * sigmoid(from, scale) + feature));
+          put(out + i * out_stride + c, V(in * sigmoid_for<T>(from, scale) + feature));
         });
       };
       if (lies_as<T>(p.output)) {
@@ -171,12 +171,16 @@ void backward(const SpatialGateParams& p) {
         for_rows<A>(count, channels, [=](auto type, int i, int c) MAFNET_INLINE_LAMBDA {
           using V = typename decltype(type)::type;
           const int at = i * row + c;
+          // What the next block reads.
+          __builtin_prefetch(mask.data + (i + kBlock) * mask.stride + c, 0, 2);
+          __builtin_prefetch(input.data + (i + kBlock) * input.stride + c, 0, 2);
+          __builtin_prefetch(grad.data + (i + kBlock) * grad.stride + c, 0, 2);
           const V in = load_stored<V>(input.data + i * input.stride + c);
           const V g = load_stored<V>(grad.data + i * grad.stride + c);
           const V before = load<V>(features + at) + load<V>(bias + c);
           const V feature = leaky_relu(before, slope);
           const V from = from_feature ? feature : load_stored<V>(mask.data + i * mask.stride + c);
-          const V gated = sigmoid(from, A{1});
+          const V gated = sigmoid_for<T>(from, A{1});
           if (to_input != nullptr) store_stored<V>(to_input + i * to_stride + c, g * gated * scale);
           const V to_gate = g * in * scale * (gated * (A{1} - gated));
           const V to_feature = from_feature ? g + to_gate : g, small = slope * to_feature;

@@ -14,27 +14,6 @@ namespace {
 constexpr int kLanes = 16;
 using Vector = VectorOf<float, kLanes>;
 
-// As sigmoid(), to 13 bits: for results in bfloat16. exp(-x) is a power of two, the fraction of whose
-// exponent a polynomial takes, its whole part an instruction that saturates.
-MAFNET_INLINE Vector sigmoid_of_bf16(const Vector& x, float factor) {
-  const Vector exponent = x * -1.44269504f;
-  Vector fraction, power, inverse;
-  asm("vreduceps $9, %1, %0" : "=v"(fraction) : "v"(exponent));  // exponent - floor(exponent)
-  Vector sum = fraction * 0.07705910f + 0.22765365f;
-  sum = sum * fraction + 0.69511485f;
-  sum = sum * fraction + 1.0f;
-  asm("vscalefps %2, %1, %0" : "=v"(power) : "v"(sum), "v"(exponent));
-  power += 1.0f;
-  asm("vrcp14ps %1, %0" : "=v"(inverse) : "v"(power));
-  return inverse * factor;
-}
-MAFNET_INLINE Vector sigmoid_for(const float*, const Vector& x, float factor) {
-  return sigmoid(x, factor);
-}
-MAFNET_INLINE Vector sigmoid_for(const BFloat16*, const Vector& x, float factor) {
-  return sigmoid_of_bf16(x, factor);
-}
-
 // What is left to do with a block whose products are there; T is float or BFloat16.
 template <typename T>
 struct Finish {
@@ -61,7 +40,7 @@ struct Finish {
     for (int v = 0; v < kVectors; ++v) {
       const int at = c + v * kLanes;
       const Vector feature = leaky_relu(load<Vector>(features + at) + load<Vector>(bias + at), slope);
-      const Vector gate = sigmoid_for(out, from_feature ? feature : from[v], scale);
+      const Vector gate = sigmoid_for<T>(from_feature ? feature : from[v], scale);
       sums[v] = in[v] * gate + feature;
     }
     if (around) {

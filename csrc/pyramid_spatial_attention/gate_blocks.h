@@ -57,6 +57,27 @@ MAFNET_INLINE V sigmoid(const V& x, double factor) {
   }
 }
 
+// The same for results of type T: to 13 bits where that is bfloat16 and there are instructions for
+// the fraction and the whole part of an exponent of two, of which the latter saturates.
+template <typename T, typename V, typename A>
+MAFNET_INLINE V sigmoid_for(const V& x, A factor) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<V, VectorOf<float, 16>>) {
+    const V exponent = x * -1.44269504f;
+    V fraction, power, inverse;
+    asm("vreduceps $9, %1, %0" : "=v"(fraction) : "v"(exponent));  // exponent - floor(exponent)
+    V sum = fraction * 0.07705910f + 0.22765365f;
+    sum = sum * fraction + 0.69511485f;
+    sum = sum * fraction + 1.0f;
+    asm("vscalefps %2, %1, %0" : "=v"(power) : "v"(sum), "v"(exponent));
+    power += 1.0f;
+    asm("vrcp14ps %1, %0" : "=v"(inverse) : "v"(power));
+    return inverse * factor;
+  }
+#endif
+  return sigmoid(x, factor);
+}
+
 // Where load_vectors puts an element of bfloat16 among its 32.
 inline int even_odd_place(int c) { return c / 32 * 32 + c % 2 * 16 + c % 32 / 2; }
 
