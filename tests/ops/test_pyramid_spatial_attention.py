@@ -499,15 +499,17 @@ def test_pooling_of_every_vector(size: tuple[int, int], dtype: torch.dtype, layo
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask_from", ["m", "feature"])
-def test_gate_of_far_masks(mask_from: str, dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("channels", [16, 64])
+def test_gate_of_far_masks(channels: int, mask_from: str, dtype: torch.dtype, layout: str) -> None:
     """Where exp over- and underflows, each mask beside others of its size alone; NaN stays."""
     far = torch.tensor([-math.inf, -1e30, -104, -89, -88, -87, 87, 88, 89, 104, 1e30, math.inf])
     mask = torch.cat([far, torch.tensor([math.nan]), torch.linspace(-86, 86, 1000)]).to(dtype)
-    mask = mask.view(1, 1, 1, -1).repeat(1, 16, 3, 1).to(memory_format=LAYOUTS[layout])
+    mask = mask.view(1, 1, 1, -1).repeat(1, channels, 3, 1).to(memory_format=LAYOUTS[layout])
     image = uniform(*mask.shape, dtype=dtype).to(memory_format=LAYOUTS[layout])
-    weight = torch.zeros(16, 16, 1, 1, dtype=dtype)
+    weight = torch.zeros(channels, channels, 1, 1, dtype=dtype)
     if mask_from == "feature":  # the mask itself, where it is finite
-        weight, mask = torch.eye(16, dtype=dtype)[..., None, None], mask.nan_to_num(0, 104, -104)
+        weight = torch.eye(channels, dtype=dtype)[..., None, None]
+        mask = mask.nan_to_num(0, 104, -104)
     call = weight, None, 2.0, 1.0, mask_from
     out, exact = (
         spatial_gate(image, mask, *call),
@@ -517,6 +519,44 @@ def test_gate_of_far_masks(mask_from: str, dtype: torch.dtype, layout: str) -> N
     for one in range(mask.shape[-1]):  # of one magnitude each
         parts = (t[..., one] for t in (out, mixed, exact))
         assert_as_accurate(*parts, f"mask {mask[0, 0, 0, one]}", terms=2, roundings=3)
+
+
+@pytest.mark.parametrize("mask_from", ["m", "feature"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [32, 64, 96, 128])
+@pytest.mark.parametrize("width", [5, 96, 203])
+def test_gate_of_whole_vectors(
+    width: int, channels: int, dtype: torch.dtype, mask_from: str
+) -> None:
+    """Blocks that are done beside the products of the next, blocks cut short, every channel with weights of its own."""
+    maps = [uniform(2, channels, 3, width, dtype=dtype, seed=i) for i in range(2)]
+    maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
+    weight = (uniform(channels, channels, 1, 1, dtype=dtype) / channels**0.5).contiguous()
+    tensors = [*maps, weight, uniform(channels, dtype=dtype, seed=2)]
+    out = spatial_gate(*tensors, 1.5, 0.3, mask_from)
+    baseline = reference.spatial_gate(*tensors, 1.5, 0.3, mask_from)
+    exact = reference.spatial_gate(*doubled(tensors), 1.5, 0.3, mask_from)
+    assert_as_accurate(out, baseline, exact, terms=channels + 12, roundings=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("to", [(1, 1), (2, 3), (4, 7), (8, 14), (11, 5), (33, 30)])
+def test_resize_add_of_every_vector(
+    to: tuple[int, int], dtype: torch.dtype, layout: str
+) -> None:
+    """83 channels are vectors of every width; rows and columns that nothing goes to, and far more than there were."""
+    image = uniform(2, 83, 4, 7, dtype=dtype).to(memory_format=LAYOUTS[layout])
+    other = uniform(2, 83, *to, dtype=dtype, seed=1).to(memory_format=LAYOUTS[layout])
+    out, baseline = resize_add(image, other), reference.resize_add(image, other)
+    exact = reference.resize_add(*doubled([image, other]))
+    assert_as_accurate(out, baseline, exact, terms=5)
+    uses = math.ceil(2 * to[0] / 4 + 1) * math.ceil(2 * to[1] / 7 + 1)  # of an input pixel
+    grads = gradients(resize_add, [image, other])
+    baselines = gradients(reference.resize_add, [image, other])
+    exacts = gradients(reference.resize_add, doubled([image, other]))
+    assert_as_accurate(grads[0], baselines[0], exacts[0], terms=uses)
+    assert_same(grads[1], baselines[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
