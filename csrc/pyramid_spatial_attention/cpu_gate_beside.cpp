@@ -1,6 +1,6 @@
 // spatial_gate forward in channels_last by vectors of 64 bytes: gate and sum of a block are made
-// between the products of the next one. A core has room for both: products wait for multiplications,
-// and most of the rest is none.
+// between the products of the next one. A core has room for both: products wait for
+// multiplications, and most of the rest is none.
 #include "common/gemm_bf16_tiles.h"
 #include "common/gemm_tiles.h"
 #include "pyramid_spatial_attention/gate_blocks.h"
@@ -39,7 +39,8 @@ struct Finish {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const int at = c + v * kLanes;
-      const Vector feature = leaky_relu(load<Vector>(features + at) + load<Vector>(bias + at), slope);
+      const Vector feature =
+          leaky_relu(load<Vector>(features + at) + load<Vector>(bias + at), slope);
       const Vector gate = sigmoid_for<T>(from_feature ? feature : from[v], scale);
       sums[v] = in[v] * gate + feature;
     }
@@ -85,8 +86,7 @@ MAFNET_TARGET_AVX512 void multiply_beside(const Gate<float>& gate, const Row<flo
   }
 }
 MAFNET_TARGET_BF16 void multiply_beside(const Gate<float>& gate, const Row<BFloat16>& mask,
-                                        int pixels, Block<float>& block,
-                                        Finish<BFloat16> finish) {
+                                        int pixels, Block<float>& block, Finish<BFloat16> finish) {
   const int channels = gate.row;
   if (pixels > 0) pack_bf16_rows(mask.data, mask.stride, pixels, channels, block.scratch.data());
   multiply_bf16_by_vectors(block.scratch.data(), gate.product.packed(), pixels, channels, channels,

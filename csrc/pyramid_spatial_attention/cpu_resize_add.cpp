@@ -1,5 +1,5 @@
-// resize_add and its transpose, a row of the result at a time, in one pass: the rows that it is made
-// of are mixed pixel by pixel, and a mixed pixel stays in registers while neighbours share it.
+// resize_add and its transpose, a row of the result at a time, in one pass: the rows that it is
+// made of are mixed pixel by pixel, and a mixed pixel stays in registers while neighbours share it.
 #include "common/parallel.h"
 #include "pyramid_spatial_attention/resize.h"
 
@@ -149,8 +149,7 @@ void forward(const ResizeAddParams& p) {
       [&](int64_t n, int y, const Mix<A, T>& mix, T* to, int64_t stride) {
         const bool copies = !lies_as<T>(p.other);
         Buffer<A> others(copies ? static_cast<size_t>(width) * channels : 0, false);
-        const Row<T> other =
-            row_as<T>(p.other, n, y, 0, width, channels, others.data(), channels);
+        const Row<T> other = row_as<T>(p.other, n, y, 0, width, channels, others.data(), channels);
         for_vectors<A>(channels, [&](auto type, auto number, int c) MAFNET_INLINE_LAMBDA {
           using V = typename decltype(type)::type;
           resize_row<V, number>(mix, columns, width, c, other, to, stride);

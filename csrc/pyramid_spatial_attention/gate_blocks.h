@@ -150,8 +150,8 @@ struct Block {
   Buffer<uint16_t> scratch;
 };
 
-// The forward pass with the products of a block beside the rest of the one before. False where there
-// is no such kernel.
+// The forward pass with the products of a block beside the rest of the one before. False where
+// there is no such kernel.
 bool gate_forward_beside(const SpatialGateParams& params);
 
 }  // namespace mafnet

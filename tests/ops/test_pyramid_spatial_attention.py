@@ -542,9 +542,7 @@ def test_gate_of_whole_vectors(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("to", [(1, 1), (2, 3), (4, 7), (8, 14), (11, 5), (33, 30)])
-def test_resize_add_of_every_vector(
-    to: tuple[int, int], dtype: torch.dtype, layout: str
-) -> None:
+def test_resize_add_of_every_vector(to: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     """83 channels are vectors of every width; rows and columns that nothing goes to, and far more than there were."""
     image = uniform(2, 83, 4, 7, dtype=dtype).to(memory_format=LAYOUTS[layout])
     other = uniform(2, 83, *to, dtype=dtype, seed=1).to(memory_format=LAYOUTS[layout])
