@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/gemm_bf16.h"
 #include "common/tiles.h"
@@ -142,11 +143,11 @@ class Walk {
 };
 
 // What a product does beside: some samples at each step, as many as keep pace with a product of 64
-// columns.
+// columns. Tap by tap.
 template <typename L, int kChannels>
-class SamplerBeside {
+class SamplerByTaps {
  public:
-  MAFNET_INLINE explicit SamplerBeside(const Sampling<float, float>& s)
+  MAFNET_INLINE explicit SamplerByTaps(const Sampling<float, float>& s)
       : walk_(s), to_(s.columns) {}
 
   // False where none is left.
@@ -165,13 +166,68 @@ class SamplerBeside {
 
   MAFNET_INLINE void step() {
     take();
-    if (kChannels < 8) take();
+    take();
   }
 
  private:
   Walk<float, float> walk_;
   float* to_;
 };
+
+// The same pixel by pixel: the taps of a pixel and of its neighbours read the same few lines, where
+// tap by tap those of a whole block pass through the first cache once for each tap. Measured:
+// faster where a pixel has half a line or more of floats, slower with 4 channels and in bfloat16.
+template <typename L, int kChannels>
+class SamplerByPixels {
+ public:
+  MAFNET_INLINE explicit SamplerByPixels(const Sampling<float, float>& s)
+      : s_(s), tap_(0), i_(0), until_line_(0), line_(0), to_(s.columns) {}
+
+  // False where none is left.
+  MAFNET_INLINE bool take() {
+    if (i_ == s_.pixels) return false;
+    prefetch();
+    take_sample<L>(s_, s_.taps[tap_], i_, std::integral_constant<int, kChannels>{}, to_);
+    to_ += kChannels;
+    if (++tap_ < s_.count) return true;
+    tap_ = 0;
+    ++i_;
+    to_ += s_.row - s_.count * kChannels;
+    return true;
+  }
+
+  MAFNET_INLINE void step() { take(); }
+
+ private:
+  MAFNET_INLINE void prefetch() {
+    constexpr int kAhead = 3;
+    if (until_line_-- == 0) prefetch_line();
+    const float* ahead = s_.corner(s_.taps[tap_], std::min(i_ + kAhead, s_.pixels - 1));
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + s_.column_stride);
+    __builtin_prefetch(ahead + s_.row_stride);
+    __builtin_prefetch(ahead + s_.row_stride + s_.column_stride);
+  }
+
+  // A line now and then: of many at once a CPU drops some.
+  MAFNET_INLINE void prefetch_line() {
+    until_line_ = kChunk - 1;
+    s_.next.prefetch(line_);
+    line_ += kChunk;
+    if (line_ < s_.pixels) return;
+    line_ = 0;
+    s_.next.next_tap();
+  }
+
+  Sampling<float, float> s_;
+  int tap_, i_;
+  int until_line_, line_;  // of the planes of the next sampling: samples until, and its pixel
+  float* to_;
+};
+
+template <typename L, int kChannels>
+using SamplerBeside =
+    std::conditional_t<kChannels >= 8, SamplerByPixels<L, kChannels>, SamplerByTaps<L, kChannels>>;
 
 #if defined(MAFNET_HAS_BF16)
 

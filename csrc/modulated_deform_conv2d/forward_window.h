@@ -61,8 +61,9 @@ void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange
   std::fill_n(window.data.data() + window.slabs * window.slab_size(), border, S(0));
   parallel_for(0, count + 2 * kBorder, 4, [&](int64_t begin, int64_t end) {
     Buffer<A> numbers(std::is_same_v<A, S> ? 0 : window.row_stride);
-    for (int64_t y = begin; y < end; ++y) {
-      for (int64_t slab = 0; slab < window.slabs; ++slab) {
+    // Row after row of a few planes: those are long runs, which the hardware foresees.
+    for (int64_t slab = 0; slab < window.slabs; ++slab) {
+      for (int64_t y = begin; y < end; ++y) {
         S* row = window.data.data() + slab * window.slab_size() + y * window.row_stride;
         if (y < kBorder || y >= kBorder + count) {
           std::fill_n(row, window.row_stride, S(0));
