@@ -54,6 +54,9 @@ template <typename A, typename S>
 void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange& rows,
                  Window<S>& window) {
   const int64_t count = rows.high - rows.low, border = kBorder * window.column_stride;
+  // Planes: all rows of a few, long runs that the hardware foresees. Else all slabs of a row, as
+  // the channels of a pixel share lines.
+  const bool planes = p.input_stride[3] == 1;
   window.rows = rows;
   // Behind the last row is its border.
   window.data.resize(window.slabs * window.slab_size() + border,
@@ -61,23 +64,23 @@ void read_window(const ModulatedDeformConv2dParams& p, int64_t n, const RowRange
   std::fill_n(window.data.data() + window.slabs * window.slab_size(), border, S(0));
   parallel_for(0, count + 2 * kBorder, 4, [&](int64_t begin, int64_t end) {
     Buffer<A> numbers(std::is_same_v<A, S> ? 0 : window.row_stride);
-    // Row after row of a few planes: those are long runs, which the hardware foresees.
-    for (int64_t slab = 0; slab < window.slabs; ++slab) {
-      for (int64_t y = begin; y < end; ++y) {
-        S* row = window.data.data() + slab * window.slab_size() + y * window.row_stride;
-        if (y < kBorder || y >= kBorder + count) {
-          std::fill_n(row, window.row_stride, S(0));
-          continue;
-        }
-        std::fill_n(row, border, S(0));
-        const int64_t first = n * p.input_stride[0] + (rows.low + y - kBorder) * p.input_stride[2] +
-                              slab * p.offset_group_channels() * p.input_stride[1];
-        A* to = numbers.data();
-        if constexpr (std::is_same_v<A, S>) to = row + border;
-        gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
-                      p.offset_group_channels(), to, window.column_stride);
-        if constexpr (!std::is_same_v<A, S>) narrow(to, window.row_stride - border, row + border);
+    const int64_t of_slab = end - begin;
+    for (int64_t i = 0; i < of_slab * window.slabs; ++i) {
+      const int64_t slab = planes ? i / of_slab : i % window.slabs;
+      const int64_t y = begin + (planes ? i % of_slab : i / window.slabs);
+      S* row = window.data.data() + slab * window.slab_size() + y * window.row_stride;
+      if (y < kBorder || y >= kBorder + count) {
+        std::fill_n(row, window.row_stride, S(0));
+        continue;
       }
+      std::fill_n(row, border, S(0));
+      const int64_t first = n * p.input_stride[0] + (rows.low + y - kBorder) * p.input_stride[2] +
+                            slab * p.offset_group_channels() * p.input_stride[1];
+      A* to = numbers.data();
+      if constexpr (std::is_same_v<A, S>) to = row + border;
+      gather_pixels({p.input, p.dtype, first, p.input_stride[3], p.input_stride[1]}, p.width,
+                    p.offset_group_channels(), to, window.column_stride);
+      if constexpr (!std::is_same_v<A, S>) narrow(to, window.row_stride - border, row + border);
     }
   });
 }
