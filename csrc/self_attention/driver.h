@@ -88,6 +88,19 @@ void run_forward(const SelfAttentionParams& p) {
   }
 }
 
+// How many parts of each problem are worked on at once: the fewest that occupy the threads as well
+// as all would. Their sums of grad_query then are few, and lie in caches; fresh memory is dear.
+inline int64_t parts_at_once(int64_t problems, int64_t parts) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t threads = num_threads();
+  int64_t at_once = 1;
+  while (at_once < parts && ceil_div(parts, at_once) * ceil_div(problems * at_once, threads) >
+                                ceil_div(problems * parts, threads)) {
+    ++at_once;
+  }
+  return at_once;
+}
+
 // Each part of a problem's keys is one task: it walks over all queries, adds up the gradients of
 // its keys and values block by block, and its share of grad_query; the shares are added in order.
 template <typename Engine>
@@ -106,7 +119,13 @@ void run_backward(const SelfAttentionParams& p) {
   const int64_t per_part = (group.key_blocks + parts - 1) / parts;
   Buffer<std::byte> keys(group.count * group.key_blocks * key_bytes, false);
   Buffer<std::byte> queries(group.count * group.query_blocks * query_bytes, false);
-  Buffer<typename Engine::Sum> shares(group.count * parts * share, false);
+  const int64_t at_once = parts_at_once(group.count, parts);
+  // Of each problem the sum, which the first part begins, and the shares of the others.
+  const int64_t sums_size = std::min(parts, 1 + at_once) * share;
+  const auto share_of = [&](int64_t part) {
+    return part == 0 ? 0 : (1 + (part - 1) % at_once) * share;
+  };
+  Buffer<typename Engine::Sum> sums(group.count * sums_size, false);
   const int64_t problems = count_problems(p), stride = group.count;
   for (; group.first < problems; group.first += stride) {
     group.count = std::min(stride, problems - group.first);
@@ -118,51 +137,55 @@ void run_backward(const SelfAttentionParams& p) {
                [&](const Problem& problem, int64_t slot, int64_t first, int count) {
                  engine.pack_queries(problem, first, count, queries.data() + slot * query_bytes);
                });
-    parallel_for(0, group.count * parts, 1, [&](int64_t begin, int64_t end) {
-      typename Engine::Scratch scratch(engine);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t member = task / parts;
-        const Problem problem = make_problem(p, group.first + member);
-        auto* grad_query = shares.data() + task * share;
-        std::fill_n(grad_query, share, typename Engine::Sum{});
-        const int64_t stop = std::min((task % parts + 1) * per_part * Engine::kKeys, problem.keys);
-        const int64_t begin_keys = task % parts * per_part * Engine::kKeys;
-        for (int64_t k = begin_keys; k < stop; k += Engine::kKeyBlocks * Engine::kKeys) {
-          const auto for_key_blocks = [&](const auto& body) {
-            for (int i = 0; i < Engine::kKeyBlocks && k + i * Engine::kKeys < stop; ++i) {
-              const int64_t at = k + i * Engine::kKeys;
-              body(at, static_cast<int>(std::min<int64_t>(problem.keys - at, Engine::kKeys)), i);
+    for (int64_t done = 0; done < parts; done += at_once) {
+      const int64_t now = std::min(at_once, parts - done);
+      parallel_for(0, group.count * now, 1, [&](int64_t begin, int64_t end) {
+        typename Engine::Scratch scratch(engine);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t member = task / now, part = done + task % now;
+          const Problem problem = make_problem(p, group.first + member);
+          auto* grad_query = sums.data() + member * sums_size + share_of(part);
+          std::fill_n(grad_query, share, typename Engine::Sum{});
+          const int64_t stop = std::min((part + 1) * per_part * Engine::kKeys, problem.keys);
+          const int64_t begin_keys = part * per_part * Engine::kKeys;
+          for (int64_t k = begin_keys; k < stop; k += Engine::kKeyBlocks * Engine::kKeys) {
+            const auto for_key_blocks = [&](const auto& body) {
+              for (int i = 0; i < Engine::kKeyBlocks && k + i * Engine::kKeys < stop; ++i) {
+                const int64_t at = k + i * Engine::kKeys;
+                body(at, static_cast<int>(std::min<int64_t>(problem.keys - at, Engine::kKeys)), i);
+              }
+            };
+            engine.start_keys(problem, scratch);
+            for (int64_t q = 0; q < problem.queries; q += Engine::kQueries) {
+              const int64_t block = q / Engine::kQueries;
+              const std::byte* query =
+                  queries.data() + (member * group.query_blocks + block) * query_bytes;
+              const auto left = std::min<int64_t>(problem.queries - q, Engine::kQueries);
+              for_key_blocks([&](int64_t at, int count, int i) {
+                const int64_t place = member * group.key_blocks + at / Engine::kKeys;
+                engine.differentiate(keys.data() + place * key_bytes, count, query,
+                                     static_cast<int>(left),
+                                     grad_query + block * engine.grad_query_size(), i, scratch);
+              });
             }
-          };
-          engine.start_keys(problem, scratch);
-          for (int64_t q = 0; q < problem.queries; q += Engine::kQueries) {
-            const int64_t block = q / Engine::kQueries;
-            const std::byte* query =
-                queries.data() + (member * group.query_blocks + block) * query_bytes;
-            const auto left = std::min<int64_t>(problem.queries - q, Engine::kQueries);
             for_key_blocks([&](int64_t at, int count, int i) {
-              const int64_t place = member * group.key_blocks + at / Engine::kKeys;
-              engine.differentiate(keys.data() + place * key_bytes, count, query,
-                                   static_cast<int>(left),
-                                   grad_query + block * engine.grad_query_size(), i, scratch);
+              engine.finish_keys(problem, at, count, i, scratch);
             });
           }
-          for_key_blocks([&](int64_t at, int count, int i) {
-            engine.finish_keys(problem, at, count, i, scratch);
-          });
         }
-      }
-    });
-    for_blocks(p, group, group.query_blocks, Engine::kQueries, false,
-               [&](const Problem& problem, int64_t slot, int64_t first, int count) {
-                 const int64_t size = engine.grad_query_size();
-                 auto* sum = shares.data() + slot / group.query_blocks * parts * share +
-                             slot % group.query_blocks * size;
-                 for (int64_t part = 1; part < parts; ++part) {
-                   for (int64_t i = 0; i < size; ++i) sum[i] += sum[part * share + i];
-                 }
-                 engine.write_grad_query(problem, first, count, sum);
-               });
+      });
+      for_blocks(p, group, group.query_blocks, Engine::kQueries, false,
+                 [&](const Problem& problem, int64_t slot, int64_t first, int count) {
+                   const int64_t size = engine.grad_query_size();
+                   auto* sum = sums.data() + slot / group.query_blocks * sums_size +
+                               slot % group.query_blocks * size;
+                   for (int64_t part = std::max<int64_t>(done, 1); part < done + now; ++part) {
+                     const auto* more = sum + share_of(part);
+                     for (int64_t i = 0; i < size; ++i) sum[i] += more[i];
+                   }
+                   if (done + now == parts) engine.write_grad_query(problem, first, count, sum);
+                 });
+    }
   }
 }
 
