@@ -2,16 +2,14 @@
 // round. Scores are computed as key x query, so that a vector holds the scores of 16 queries with
 // one key: largest scores, sums, lse and delta are vectors, and weights leave their registers in
 // the order that the next product reads.
-#include "common/gemm_bf16.h"
-#include "common/parallel.h"
 #include "self_attention/driver.h"
 #include "self_attention/engines.h"
 #include "self_attention/tile_weights.h"
 #include "self_attention/tiles.h"
+#include "self_attention/vector_products.h"
 
 #if defined(MAFNET_HAS_BF16)
 
-#include <atomic>
 #include <cmath>
 
 namespace mafnet {
@@ -27,6 +25,7 @@ class TileEngine {
   // floats of thousands of tokens do not fit the second cache: each block of keys that is fetched
   // serves 512 queries, and in the backward each block of queries 512 keys.
   static constexpr int kQueries = kBackward ? 128 : 512, kKeys = 128, kTogether = 32;
+  static constexpr int kHalves = kTogether / kTile;
   static constexpr int kKeyBlocks = 4;
 
   explicit TileEngine(const SelfAttentionParams& params)
@@ -41,7 +40,7 @@ class TileEngine {
     explicit Scratch(const TileEngine& e)
         : numbers(std::max(kKeys, kQueries) * kTile * std::max(e.depth_, e.value_depth_)),
           query(e.score_plan_.tiles * kQueryTiles * kTileFactors),
-          score(kKeys * kTogether),
+          score(2 * kKeys * kTogether),
           grad_score(kBackward ? kKeys * kTogether : 0),
           weight_b(kWeights),
           weight_a(kBackward ? kWeights : 0),
@@ -101,37 +100,62 @@ class TileEngine {
   }
 
   void attend(const std::byte* packed, int count, Scratch& s) const {
+    if constexpr (kPieces == 1) {
+      if (!has_tile_registers()) return attend_by_vectors(packed, count, s);
+    }
     const auto* key = reinterpret_cast<const uint16_t*>(packed);
-    const uint16_t* value = key + score_plan_.tiles * kKeyTiles * kTileFactors;
     const int depth_tiles = tiles_of(count, kTileDepth);
     for (int q = 0; q < s.queries; q += kTogether) {
-      multiply_scores(key, score_plan_, s.query.data(), q, depth_tiles, s.score.data());
-      for (int n = 0; n < kTogether / kTile; ++n) {
-        const int at = q + n * kTile;
-        hide_keys(s.score.data() + n * kKeys * kTile, count, depth_tiles * kTileDepth);
-        const WeightsOf of{s.score.data() + n * kKeys * kTile, depth_tiles * kTileDepth,
-                           s.out.data() + at * value_depth_ * kTile, value_depth_ * kTile};
-        take_weights<kPieces>(of, slope_, s.largest + at, s.sum + at,
-                              s.weight_b.data() + n * kTileFactors,
-                              kTogether / kTile * kTileFactors);
+      multiply_scores(key, score_plan_, s.query.data(), q, depth_tiles, score_of(s, q));
+      for (int n = 0; n < kHalves; ++n) {
+        hide_keys(score_of(s, q) + n * kKeys * kTile, count, depth_tiles * kTileDepth);
+        take_weights<kPieces>(weights_of(s, q, n, depth_tiles), slope_);
       }
-      const TileMatrix a{value, kTokenTiles * kTileFactors, kTileFactors};
-      const TileMatrix b{s.weight_b.data(), kTileFactors, kTogether / kTile * kTileFactors};
-      const TileSums c{s.out.data() + q * value_depth_ * kTile, kTileSums,
-                       value_depth_ * kTileSums};
-      multiply_tiles(a, b, steps_of(depth_tiles), value_depth_, kTogether / kTile, c, true);
+      multiply_tiles(value_of(key), weight_of(s), steps_of(depth_tiles), value_depth_, kHalves,
+                     out_of(s, q), true);
+    }
+  }
+
+  // The same, with the weights of some queries beside the scores of the next ones, and the largest
+  // of these beside the sums of the former.
+  MAFNET_TARGET_BF16 void attend_by_vectors(const std::byte* packed, int count, Scratch& s) const {
+    const auto* key = reinterpret_cast<const uint16_t*>(packed);
+    const int depth_tiles = tiles_of(count, kTileDepth);
+    InTurn<Largest, kHalves> largest;
+    InTurn<Weights<kPieces>, kHalves> weights;
+    NothingBeside nothing;
+    take_scores(key, count, 0, nothing, largest, s);
+    for (int q = 0; q < s.queries; q += kTogether) {
+      largest.rest();
+      for (int n = 0; n < kHalves; ++n) {
+        weights.work[n].begin(weights_of(s, q, n, depth_tiles), largest.work[n].get(), slope_);
+      }
+      weights.at = 0;
+      if (q + kTogether < s.queries) {
+        take_scores(key, count, q + kTogether, weights, largest, s);
+      }
+      weights.rest();
+      for (auto& each : weights.work) each.end();
+      multiply_tiles_beside(value_of(key), weight_of(s), steps_of(depth_tiles), value_depth_,
+                            kHalves, out_of(s, q), true, largest);
     }
   }
 
   void finish(const Problem& problem, int64_t first, Scratch& s) const {
     float* flat = s.numbers.data();  // [depth][kQueries]
-    for (int q = 0; q < s.queries; ++q) {
-      const float* out = s.out.data() + q / kTile * value_depth_ * kTileSums + q % kTile;
-      // Where there are keys, a sum of 0 is that of scores of -inf alone, whose softmax is NaN.
-      const float inverse = problem.keys > 0 ? 1 / s.sum[q] : 0.0f;
-      for (int d = 0; d < p_.value_depth; ++d) flat[d * kQueries + q] = out[d * kTile] * inverse;
-      const float log = std::log(s.sum[q]);
-      s.sum[q] = std::isinf(log) ? log : s.largest[q] * scale_ + log;
+    for (int q = 0; q < s.queries; q += kTile) {
+      float inverse[kTile];
+      for (int i = 0; i < kTile; ++i) {
+        // Where there are keys, a sum of 0 is that of scores of -inf alone, whose softmax is NaN.
+        inverse[i] = problem.keys > 0 ? 1 / s.sum[q + i] : 0.0f;
+        const float log = std::log(s.sum[q + i]);
+        s.sum[q + i] = std::isinf(log) ? log : s.largest[q + i] * scale_ + log;
+      }
+      const float* out = s.out.data() + q * value_depth_ * kTile;
+      for (int d = 0; d < p_.value_depth; ++d) {
+        for (int i = 0; i < kTile; ++i)
+          flat[d * kQueries + q + i] = out[d * kTile + i] * inverse[i];
+      }
     }
     write_tokens(Dtype::kFloat32, lse_tokens(), problem, first, s.queries, 1, s.sum, 1, 1, 1.0f);
     write_tokens(p_.dtype, p_.out, problem, first, s.queries, p_.value_depth, flat, 1, kQueries,
@@ -192,7 +216,7 @@ class TileEngine {
       multiply_scores(key, score_plan_, block.query, i * kTogether, depth_tiles, s.score.data());
       multiply_scores(value, value_plan_, block.grad_out, i * kTogether, depth_tiles,
                       s.grad_score.data());
-      for (int n = 0; n < kTogether / kTile; ++n) {
+      for (int n = 0; n < kHalves; ++n) {
         hide_keys(s.score.data() + n * kKeys * kTile, keys, depth_tiles * kTileDepth);
       }
       const GradientsOf of{s.score.data(),
@@ -205,7 +229,7 @@ class TileEngine {
       take_gradients<kPieces>(
           of, s.weight_a.data() + i * kPieces * kTileFactors,
           s.grad_score_a.data() + i * kPieces * kTileFactors, kTokenTiles * kTileFactors,
-          s.weight_b.data() + i * kTogether / kTile * kTileFactors, kQueryTiles * kTileFactors);
+          s.weight_b.data() + i * kHalves * kTileFactors, kQueryTiles * kTileFactors);
     }
     const Steps along_queries = steps_of(query_tiles);
     const TileMatrix weight{s.weight_a.data(), kTokenTiles * kTileFactors, kTileFactors};
@@ -271,6 +295,9 @@ class TileEngine {
 
   Tokens lse_tokens() const { return {p_.lse, {p_.heads * p_.queries, p_.queries, 1, 1}}; }
 
+  static Steps steps_of(const DepthPlan& plan) {
+    return {plan.steps.data(), static_cast<int>(plan.steps.size()), plan.factors};
+  }
   Steps steps_of(int depth_tiles) const {
     const int count = static_cast<int>(token_steps_.size()) / (kKeys / kTileDepth) * depth_tiles;
     return {token_steps_.data(), count, count * kTileDepth};
@@ -297,11 +324,55 @@ class TileEngine {
   void multiply_scores(const uint16_t* key, const DepthPlan& plan, const uint16_t* query, int first,
                        int depth_tiles, float* score) const {
     const TileMatrix a{key, plan.tiles * kTileFactors, kTileFactors};
-    const TileMatrix b{query + first / kTile * kTileFactors, kTileFactors,
-                       kQueryTiles * kTileFactors};
-    const Steps steps{plan.steps.data(), static_cast<int>(plan.steps.size()), plan.factors};
-    multiply_tiles(a, b, steps, 2 * depth_tiles, kTogether / kTile,
+    multiply_tiles(a, query_of(query, first), steps_of(plan), 2 * depth_tiles, kHalves,
                    {score, kTileSums, kKeys * kTile}, false);
+  }
+
+  // Of the queries from q on; those of the next ones have another place.
+  static float* score_of(Scratch& s, int q) {
+    return s.score.data() + q / kTogether % 2 * kKeys * kTogether;
+  }
+  TileMatrix query_of(const uint16_t* query, int q) const {
+    return {query + q / kTile * kTileFactors, kTileFactors, kQueryTiles * kTileFactors};
+  }
+  TileMatrix value_of(const uint16_t* key) const {
+    return {key + score_plan_.tiles * kKeyTiles * kTileFactors, kTokenTiles * kTileFactors,
+            kTileFactors};
+  }
+  static TileMatrix weight_of(const Scratch& s) {
+    return {s.weight_b.data(), kTileFactors, kHalves * kTileFactors};
+  }
+  TileSums out_of(Scratch& s, int q) const {
+    return {s.out.data() + q * value_depth_ * kTile, kTileSums, value_depth_ * kTileSums};
+  }
+
+  // n: which 16 of the queries from q on.
+  WeightsOf weights_of(Scratch& s, int q, int n, int depth_tiles) const {
+    const int at = q + n * kTile;
+    return {score_of(s, q) + n * kKeys * kTile,
+            depth_tiles * kTileDepth,
+            s.out.data() + at * value_depth_ * kTile,
+            value_depth_ * kTile,
+            s.largest + at,
+            s.sum + at,
+            s.weight_b.data() + n * kTileFactors,
+            kHalves * kTileFactors};
+  }
+
+  // Scores of the queries from q on, of which `largest` is to be taken, with other work beside.
+  template <typename Beside>
+  MAFNET_TARGET_BF16 void take_scores(const uint16_t* key, int count, int q, Beside& beside,
+                                      InTurn<Largest, kHalves>& largest, Scratch& s) const {
+    const int depth_tiles = tiles_of(count, kTileDepth);
+    float* score = score_of(s, q);
+    multiply_tiles_beside({key, score_plan_.tiles * kTileFactors, kTileFactors},
+                          query_of(s.query.data(), q), steps_of(score_plan_), 2 * depth_tiles,
+                          kHalves, {score, kTileSums, kKeys * kTile}, false, beside);
+    for (int n = 0; n < kHalves; ++n) {
+      hide_keys(score + n * kKeys * kTile, count, depth_tiles * kTileDepth);
+      largest.work[n].begin(weights_of(s, q, n, depth_tiles));
+    }
+    largest.at = 0;
   }
 
   static void hide_keys(float* score, int count, int padded) {
@@ -329,73 +400,7 @@ class TileEngine {
   const float slope_ = std::max(scale_, std::numeric_limits<float>::min());
 };
 
-// The largest magnitude among the numbers of a tensor, NaN where there is one.
-float largest_of(const SelfAttentionParams& p, const Tokens& tokens, int64_t count, int depth) {
-  constexpr int kBlock = 256;
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  SelfAttentionParams whole{};  // no windows
-  whole.heads = p.heads;
-  whole.queries = whole.keys = count;
-  std::atomic<uint32_t> largest{0};  // bits: those of NaN are larger than all
-  parallel_for(0, p.batch * p.heads * blocks, 8, [&](int64_t begin, int64_t end) {
-    Buffer<float> numbers(static_cast<size_t>(kBlock) * depth, false);
-    uint32_t most = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * kBlock;
-      const int here = static_cast<int>(std::min<int64_t>(kBlock, count - first));
-      read_tokens(p.dtype, tokens, make_problem(whole, i / blocks), first, here, depth,
-                  numbers.data(), depth, 1);
-      with_simd([&]() MAFNET_INLINE_LAMBDA {
-        for (int64_t j = 0; j < int64_t{here} * depth; ++j) {
-          uint32_t bits;
-          std::memcpy(&bits, numbers.data() + j, sizeof(bits));
-          most = std::max(most, bits & 0x7fffffff);
-        }
-      });
-    }
-    uint32_t seen = largest.load();
-    while (most > seen && !largest.compare_exchange_weak(seen, most)) {
-    }
-  });
-  const uint32_t bits = largest;
-  float most;
-  std::memcpy(&most, &bits, sizeof(most));
-  return most;
-}
-
-// Whether pieces of bfloat16 hold all digits of numbers up to `most`: pieces of infinity are NaN,
-// and small ones are flushed to 0.
-bool in_range(float most) { return most == 0 || (most >= 0x1p-50f && most <= 0x1p36f); }
-
-// Whether no piece of a gradient is flushed: it is a product of these, the numbers at the other end
-// and a weight, of which 24 digits are to stay above 2^-126.
-bool gradient_in_range(float value, float grad_out, float other) {
-  const double most = double{value} * grad_out * other;
-  return most == 0 || most >= 0x1p-80;
-}
-
-// A product takes 32 keys and 32 queries, needed or not.
-constexpr int64_t kFewTokens = 24;
-
 }  // namespace
-
-bool tiles_serve(const SelfAttentionParams& p) {
-  if (!has_bf16_products() || p.dtype == Dtype::kFloat64) return false;
-  if (std::min(most_tokens(p, p.queries), most_tokens(p, p.keys)) < kFewTokens) return false;
-  if (p.value_depth == 0) return false;
-  // A bfloat16 is its only piece, whatever it is.
-  if (p.dtype == Dtype::kBFloat16) return true;
-  // Four or six products of pieces are dearer than one in float, unless by tile registers.
-  if (!has_tile_registers()) return false;
-  const float query = largest_of(p, p.query, p.queries, p.depth);
-  const float key = largest_of(p, p.key, p.keys, p.depth);
-  const float value = largest_of(p, p.value, p.keys, p.value_depth);
-  if (!in_range(query) || !in_range(key) || !in_range(value)) return false;
-  if (p.grad_out.data == nullptr) return true;
-  const float grad_out = largest_of(p, p.grad_out, p.queries, p.value_depth);
-  return in_range(grad_out) && gradient_in_range(value, grad_out, query) &&
-         gradient_in_range(value, grad_out, key);
-}
 
 void self_attention_forward_tiles(const SelfAttentionParams& p) {
   if (p.dtype == Dtype::kBFloat16) return run_forward<TileEngine<1, false>>(p);
@@ -413,7 +418,6 @@ void self_attention_backward_tiles(const SelfAttentionParams& p) {
 
 namespace mafnet {
 
-bool tiles_serve(const SelfAttentionParams&) { return false; }
 void self_attention_forward_tiles(const SelfAttentionParams&) {}
 void self_attention_backward_tiles(const SelfAttentionParams&) {}
 

@@ -41,6 +41,48 @@ MAFNET_INLINE void for_elements(int count, int depth, int64_t token_stride, int6
   }
 }
 
+// to[j * to_row + i] = from[i * from_row + j], for a square of a vector's numbers aside.
+template <typename L, typename From, typename To>
+MAFNET_INLINE void turn_square(const From* from, int64_t from_row, To* to, int64_t to_row) {
+  constexpr int kSide = L::kBytes / sizeof(float);
+  using V = VectorOf<float, kSide>;
+  V rows[kSide];
+  for (int i = 0; i < kSide; ++i) {
+    float numbers[kSide];
+    for (int j = 0; j < kSide; ++j) numbers[j] = static_cast<float>(from[i * from_row + j]);
+    rows[i] = load<V>(numbers);
+  }
+  transpose(rows);
+  for (int i = 0; i < kSide; ++i) {
+    float numbers[kSide];
+    store(numbers, rows[i]);
+    for (int j = 0; j < kSide; ++j) to[i * to_row + j] = static_cast<To>(numbers[j]);
+  }
+}
+
+// to[j * to_row + i] = from[i * from_row + j], for j < columns and i < rows: one side of the copy
+// would jump about, so that it goes by squares.
+template <typename L, typename From, typename To>
+MAFNET_INLINE void turn(const From* from, int64_t from_row, int rows, int columns, To* to,
+                        int64_t to_row) {
+  constexpr int kSide = L::kBytes / sizeof(float);
+  for (int i = 0; i < rows; i += kSide) {
+    for (int j = 0; j < columns; j += kSide) {
+      const From* source = from + i * from_row + j;
+      To* target = to + j * to_row + i;
+      if (i + kSide <= rows && j + kSide <= columns) {
+        turn_square<L>(source, from_row, target, to_row);
+        continue;
+      }
+      for (int y = 0; y < std::min(kSide, rows - i); ++y) {
+        for (int x = 0; x < std::min(kSide, columns - j); ++x) {
+          target[x * to_row + y] = static_cast<To>(source[y * from_row + x]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 Problem make_problem(const SelfAttentionParams& p, int64_t index) {
@@ -69,10 +111,15 @@ void read_tokens(Dtype dtype, const Tokens& from, const Problem& problem, int64_
   with_dtype<A>(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* data = static_cast<const T*>(from.data);
-    with_simd<A>([&]() MAFNET_INLINE_LAMBDA {
+    with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
       for_runs(from, problem, first, count, [&](int i, int run, int64_t at) MAFNET_INLINE_LAMBDA {
         const T* source = data + at;
         A* target = to + i * row;
+        if constexpr (std::is_same_v<A, float>) {
+          if (from.stride[3] == 1 && row == 1) {
+            return turn<decltype(level)>(source, from.stride[2], run, depth, target, column);
+          }
+        }
         const auto copy = [&](int j, int d, int64_t element) MAFNET_INLINE_LAMBDA {
           target[j * row + d * column] = static_cast<A>(source[element]);
         };
@@ -88,10 +135,15 @@ void write_tokens(Dtype dtype, const Tokens& to, const Problem& problem, int64_t
   with_dtype<A>(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     T* data = static_cast<T*>(to.data);
-    with_simd<A>([&]() MAFNET_INLINE_LAMBDA {
+    with_level<A>([&](auto level) MAFNET_INLINE_LAMBDA {
       for_runs(to, problem, first, count, [&](int i, int run, int64_t at) MAFNET_INLINE_LAMBDA {
         T* target = data + at;
         const A* source = from + i * row;
+        if constexpr (std::is_same_v<A, float>) {
+          if (to.stride[3] == 1 && row == 1 && factor == 1) {
+            return turn<decltype(level)>(source, column, depth, run, target, to.stride[2]);
+          }
+        }
         const auto copy = [&](int j, int d, int64_t element) MAFNET_INLINE_LAMBDA {
           target[element] = static_cast<T>(source[j * row + d * column] * factor);
         };

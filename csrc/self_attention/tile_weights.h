@@ -101,56 +101,116 @@ MAFNET_TARGET_BF16 inline __attribute__((always_inline)) void store_row(__m512 f
 constexpr float kLog2E = 1.4426950408889634f;
 
 // Scores of 16 queries, a line for each of `keys` keys, and what was summed up for these queries
-// before.
+// before. The weights go to tiles of B over keys, from `to` on at `stride`.
 struct WeightsOf {
   const float* score;
   int keys;
   float* out;
   int lines;
+  float *largest, *sum;
+  uint16_t* to;
+  int64_t stride;
 };
 
-// Weights exp((score - largest) * scale) as tiles of B over keys, from `to` on at `stride`. `sum`
-// grows by them; sum and out shrink where `largest` grows.
-template <int kPieces>
-MAFNET_TARGET_BF16 void take_weights(const WeightsOf& of, float scale, float* largest, float* sum,
-                                     uint16_t* to, int64_t stride) {
-  __m512 most[4];
-  for (auto& m : most) m = _mm512_load_ps(largest);
-  for (int k = 0; k < of.keys; k += 4) {
-    for (int i = 0; i < 4; ++i) {
-      most[i] = _mm512_max_ps(_mm512_load_ps(of.score + (k + i) * kTile), most[i]);
-    }
+// The largest scores, two keys a step. A NaN is passed over: it comes through the weights.
+class Largest {
+ public:
+  MAFNET_TARGET_BF16 MAFNET_INLINE void begin(const WeightsOf& of) {
+    score_ = of.score;
+    end_ = of.score + of.keys * kTile;
+    most_[0] = most_[1] = _mm512_load_ps(of.largest);
   }
-  const __m512 now =
-      _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
-  // Scores of -inf have the weight 0, also while there is no other.
-  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  const __m512 base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, none, _CMP_NEQ_UQ), now);
-  const __m512 before = _mm512_load_ps(largest);
-  __m512 total = _mm512_load_ps(sum);
-  if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ) != 0) {
-    const __m512 shrink = power<kPieces>(_mm512_mul_ps(_mm512_sub_ps(before, base), factor));
+  MAFNET_INLINE bool more() const { return score_ != end_; }
+  MAFNET_TARGET_BF16 MAFNET_INLINE void step() {
+    most_[0] = _mm512_max_ps(_mm512_load_ps(score_), most_[0]);
+    most_[1] = _mm512_max_ps(_mm512_load_ps(score_ + kTile), most_[1]);
+    score_ += 2 * kTile;
+  }
+  MAFNET_TARGET_BF16 MAFNET_INLINE __m512 get() const { return _mm512_max_ps(most_[0], most_[1]); }
+
+ private:
+  const float *score_, *end_;
+  __m512 most_[2];
+};
+
+// A score may exceed what counts as the largest by so many powers of two: weights of 2^8 are as
+// good as those of 1, and the sums before need no other scale.
+constexpr float kSlack = 8;
+
+// Weights exp((score - largest) * scale), of two keys a step. `sum` grows by them; sum and out
+// shrink where `largest` grows.
+template <int kPieces>
+class Weights {
+ public:
+  MAFNET_TARGET_BF16 MAFNET_INLINE void begin(const WeightsOf& of, __m512 now, float scale) {
+    of_ = of;
+    k_ = 0;
+    factor_ = _mm512_set1_ps(scale * kLog2E);
+    const __m512 before = _mm512_load_ps(of.largest);
+    const __m512 rise = _mm512_mul_ps(_mm512_sub_ps(now, before), factor_);
+    const bool grows = _mm512_cmp_ps_mask(rise, _mm512_set1_ps(kSlack), _CMP_GT_OQ) != 0;
+    // Scores of -inf have the weight 0, also while there is no other.
+    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const __m512 largest = grows ? now : before;
+    base_ = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(largest, none, _CMP_NEQ_UQ), largest);
+    sums_[0] = _mm512_load_ps(of.sum);
+    sums_[1] = _mm512_setzero_ps();
+    if (!grows) return;
+    const __m512 shrink = power<kPieces>(_mm512_mul_ps(_mm512_sub_ps(before, base_), factor_));
     for (int d = 0; d < of.lines; ++d) {
       float* line = of.out + d * kTile;
       _mm512_store_ps(line, _mm512_mul_ps(_mm512_load_ps(line), shrink));
     }
-    total = _mm512_mul_ps(total, shrink);
-    _mm512_store_ps(largest, now);
+    sums_[0] = _mm512_mul_ps(sums_[0], shrink);
+    _mm512_store_ps(of.largest, now);
   }
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int k = 0; k < of.keys; k += 2) {
+  MAFNET_INLINE bool more() const { return k_ < of_.keys; }
+  MAFNET_TARGET_BF16 MAFNET_INLINE void step() {
     __m512 weight[2];
+#pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const __m512 score = _mm512_load_ps(of.score + (k + i) * kTile);
-      weight[i] = power<kPieces>(_mm512_mul_ps(_mm512_sub_ps(score, base), factor));
-      sums[i] = _mm512_add_ps(sums[i], weight[i]);
+      const __m512 score = _mm512_load_ps(of_.score + (k_ + i) * kTile);
+      weight[i] = power<kPieces>(_mm512_mul_ps(_mm512_sub_ps(score, base_), factor_));
+      sums_[i] = _mm512_add_ps(sums_[i], weight[i]);
     }
-    uint16_t* row = to + k / kTileDepth * kPieces * stride + k % kTileDepth / 2 * kTileDepth;
-    store_pairs<kPieces>(weight[0], weight[1], row, stride);
+    uint16_t* row =
+        of_.to + k_ / kTileDepth * kPieces * of_.stride + k_ % kTileDepth / 2 * kTileDepth;
+    store_pairs<kPieces>(weight[0], weight[1], row, of_.stride);
+    k_ += 2;
   }
-  _mm512_store_ps(sum, _mm512_add_ps(total, _mm512_add_ps(sums[0], sums[1])));
+  MAFNET_TARGET_BF16 MAFNET_INLINE void end() {
+    _mm512_store_ps(of_.sum, _mm512_add_ps(sums_[0], sums_[1]));
+  }
+
+ private:
+  WeightsOf of_;
+  int k_;
+  __m512 base_, factor_, sums_[2];
+};
+
+template <int kPieces>
+MAFNET_TARGET_BF16 void take_weights(const WeightsOf& of, float scale) {
+  Largest largest;
+  for (largest.begin(of); largest.more();) largest.step();
+  Weights<kPieces> weights;
+  for (weights.begin(of, largest.get(), scale); weights.more();) weights.step();
+  weights.end();
 }
+
+// Several of Largest or Weights, one after the other, beside a product.
+template <typename Work, int kCount>
+struct InTurn {
+  Work work[kCount];
+  int at = 0;
+  MAFNET_TARGET_BF16 MAFNET_INLINE void step() {
+    if (at == kCount) return;
+    work[at].step();
+    if (!work[at].more()) ++at;
+  }
+  MAFNET_TARGET_BF16 void rest() {
+    while (at < kCount) step();
+  }
+};
 
 // Scores and gradients of the weights of 32 queries, as lines of 16 for each key; the other half is
 // `half` numbers further on.
