@@ -35,7 +35,7 @@ class FloatEngine {
   using Sum = A;
   // Multiples of every tile height of gemm.h, so that no product leaves its block. 48 x 192 scores
   // are 36 kB of a first cache.
-  static constexpr int kQueries = 2 * kRowPad, kKeys = 8 * kRowPad;
+  static constexpr int kQueries = (kBackward ? 4 : 2) * kRowPad, kKeys = 8 * kRowPad;
   static constexpr int kKeyBlocks = 2;
 
   explicit FloatEngine(const SelfAttentionParams& params)
@@ -226,7 +226,7 @@ class FloatEngine {
     V most = load<V>(row);
     for (int j = kLanes; j < count; j += kLanes) {
       const V x = load<V>(row + j);
-      most = most < x ? x : most;
+      most = larger_of(most, x);
     }
     const A now =
         std::max(largest, fold<A>(most, [](const auto& a, const auto& b)

@@ -20,7 +20,7 @@ MAFNET_INLINE V power(const V& x) {
   constexpr int kLanes = sizeof(V) / sizeof(float);
   using Int = typename Lanes<int32_t, kLanes>::Vector;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its last digit is the unit
-  const V clamped = x < -127.0f ? V{} - 127.0f : x;
+  const V clamped = larger_of(x, V(V{} - 127.0f));
   const V rounded = clamped + kRound;
   const V f = clamped - (rounded - kRound);
   // Of the relative error on [-1/2, 1/2] the largest is 2e-9; the first coefficient is exact.
