@@ -124,13 +124,7 @@ def self_attention_forward_kernel(
     total = tl.zeros((BLOCK_Q, 8) if ONES else (BLOCK_Q,), tl.float32)
     highest = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     columns = tl.arange(0, BLOCK_K)
-    for at in tl.range(first_key, whole, BLOCK_K):
-        tokens = tokens_at(at + columns, first, across, width, WINDOWED, WIDE)
-        k = load_rows(key, tokens, columns, key_strides, WIDTH_QK, PAD_QK, WIDE, False)
-        v = load_rows(value, tokens, columns, value_strides, WIDTH_V, PAD_V, WIDE, False)
-        acc, total, highest = _forward_step(
-            q, k, v, acc, total, highest, columns, score_scale, False, ONES, PRECISION, UPCAST
-        )
+    # The rest comes first: after the loop its addresses would take registers within.
     if whole < last_key:
         valid = whole + columns < last_key
         tokens = tokens_at(whole + columns, first, across, width, WINDOWED, WIDE)
@@ -138,6 +132,13 @@ def self_attention_forward_kernel(
         v = load_rows(value, tokens, valid, value_strides, WIDTH_V, PAD_V, WIDE, True)
         acc, total, highest = _forward_step(
             q, k, v, acc, total, highest, valid, score_scale, True, ONES, PRECISION, UPCAST
+        )
+    for at in tl.range(first_key, whole, BLOCK_K):
+        tokens = tokens_at(at + columns, first, across, width, WINDOWED, WIDE)
+        k = load_rows(key, tokens, columns, key_strides, WIDTH_QK, PAD_QK, WIDE, False)
+        v = load_rows(value, tokens, columns, value_strides, WIDTH_V, PAD_V, WIDE, False)
+        acc, total, highest = _forward_step(
+            q, k, v, acc, total, highest, columns, score_scale, False, ONES, PRECISION, UPCAST
         )
 
     if ONES:
