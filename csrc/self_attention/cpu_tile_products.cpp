@@ -9,7 +9,6 @@
 #include <cstring>
 
 #include "common/simd.h"
-#include "self_attention/vector_products.h"
 
 namespace mafnet {
 namespace {
@@ -69,6 +68,32 @@ MAFNET_INLINE void put_line(const float* from, int columns, int piece, int at, u
     });
     std::memcpy(line + n * kTileFactors, pairs, sizeof(pairs));
   }
+}
+
+// One tile of sums: a row of a tile of B is a vector, a pair of factors of A is broadcast.
+MAFNET_TARGET_BF16 void multiply_by_vectors(const TileMatrix& a, const TileMatrix& b,
+                                            const Steps& steps, float* c, bool add) {
+  __m512 sums[kTile];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) {
+    sums[r] = add ? _mm512_load_ps(c + r * kTile) : _mm512_setzero_ps();
+  }
+  for (int s = 0; s < steps.count; ++s) {
+    const uint16_t* left = a.data + steps.list[s].a * a.step;
+    const uint16_t* right = b.data + steps.list[s].b * b.step;
+    const int factors = std::min(steps.factors - s * kTileDepth, kTileDepth);
+    for (int k = 0; k < factors; k += 2, left += 2, right += kTileDepth) {
+      const auto line = (__m512bh)_mm512_load_si512(right);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTile; ++r) {
+        int pair;
+        std::memcpy(&pair, left + r * kTileDepth, sizeof(pair));
+        sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_set1_epi32(pair), line);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) _mm512_store_ps(c + r * kTile, sums[r]);
 }
 
 #if defined(MAFNET_HAS_TILES)
@@ -249,8 +274,13 @@ void multiply_tiles(const TileMatrix& a, const TileMatrix& b, const Steps& steps
 #if defined(MAFNET_HAS_TILES)
   if (has_tile_registers()) return multiply_by_registers(a, b, steps, rows, columns, c, add);
 #endif
-  NothingBeside beside;
-  multiply_tiles_beside(a, b, steps, rows, columns, c, add, beside);
+  for (int n = 0; n < columns; ++n) {
+    const TileMatrix right{b.data + n * b.along, b.along, b.step};
+    for (int m = 0; m < rows; ++m) {
+      const TileMatrix left{a.data + m * a.along, a.along, a.step};
+      multiply_by_vectors(left, right, steps, c.data + m * c.row + n * c.column, add);
+    }
+  }
 }
 
 }  // namespace mafnet

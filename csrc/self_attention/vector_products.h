@@ -22,13 +22,14 @@ constexpr int kFactorsPerStep = 8;
 // whole tile would take 17 and leave none to what is beside. A row of a tile of B is a vector, a
 // pair of factors of A is broadcast. `next` are the factors of A that are fetched from the second
 // cache.
-template <int kRows, int kColumns, typename Beside>
-MAFNET_TARGET_BF16 MAFNET_INLINE void multiply_sums(const TileMatrix& a, const uint16_t* next,
-                                                    const TileMatrix& b, const Steps& steps,
-                                                    float* c, int64_t c_column, bool add,
-                                                    Beside& beside) {
+template <int kColumns, typename Beside>
+MAFNET_TARGET_BF16 MAFNET_INLINE void multiply_half_tiles(const TileMatrix& a, const uint16_t* next,
+                                                          const TileMatrix& b, const Steps& steps,
+                                                          float* c, int64_t c_column, bool add,
+                                                          Beside& beside) {
+  constexpr int kRows = kTile / 2;
   __m512 sums[kRows][kColumns];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int n = 0; n < kColumns; ++n) {
@@ -47,7 +48,7 @@ MAFNET_TARGET_BF16 MAFNET_INLINE void multiply_sums(const TileMatrix& a, const u
         for (int n = 0; n < kColumns; ++n) {
           line[n] = (__m512bh)_mm512_load_si512(right + n * b.along + i / 2 * kTileDepth);
         }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           int pair;
           std::memcpy(&pair, left + r * kTileDepth + i, sizeof(pair));
@@ -67,7 +68,7 @@ MAFNET_TARGET_BF16 MAFNET_INLINE void multiply_sums(const TileMatrix& a, const u
       beside.step();
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int n = 0; n < kColumns; ++n) {
@@ -76,34 +77,25 @@ MAFNET_TARGET_BF16 MAFNET_INLINE void multiply_sums(const TileMatrix& a, const u
   }
 }
 
-// multiply_tiles with a step of `beside` for every 8 factors of kRows x kColumns tiles of sums.
-template <int kRows, int kColumns, typename Beside>
-MAFNET_TARGET_BF16 void multiply_columns(const TileMatrix& a, const TileMatrix& b,
-                                         const Steps& steps, int rows, const TileSums& c, bool add,
-                                         Beside& beside) {
-  for (int m = 0; m < rows; ++m) {
-    for (int r = 0; r < kTile; r += kRows) {
-      const TileMatrix left{a.data + m * a.along + r * kTileDepth, a.along, a.step};
-      const uint16_t* next =
-          r + kRows < kTile ? left.data + kRows * kTileDepth : a.data + (m + 1) * a.along;
-      multiply_sums<kRows, kColumns>(left, next, b, steps, c.data + m * c.row + r * kTile, c.column,
-                                     add, beside);
-    }
-  }
-}
-
+// multiply_tiles with a step of `beside` for every half tile, or two of them, and kFactorsPerStep.
 template <typename Beside>
 MAFNET_TARGET_BF16 void multiply_tiles_beside(const TileMatrix& a, const TileMatrix& b,
                                               const Steps& steps, int rows, int columns,
                                               const TileSums& c, bool add, Beside& beside) {
-  constexpr int kWide = std::is_same_v<Beside, NothingBeside> ? 1 : 2;
-  for (int n = 0; n < columns; n += kWide) {
+  for (int n = 0; n < columns; n += 2) {
     const TileMatrix right{b.data + n * b.along, b.along, b.step};
-    const TileSums sums{c.data + n * c.column, c.row, c.column};
-    if (n + kWide <= columns) {
-      multiply_columns<kTile / kWide, kWide>(a, right, steps, rows, sums, add, beside);
-    } else {
-      multiply_columns<kTile, 1>(a, right, steps, rows, sums, add, beside);
+    for (int m = 0; m < rows; ++m) {
+      for (int half = 0; half < 2; ++half) {
+        const TileMatrix left{a.data + m * a.along + half * kTileFactors / 2, a.along, a.step};
+        const uint16_t* next =
+            half == 0 ? left.data + kTileFactors / 2 : a.data + (m + 1) * a.along;
+        float* sums = c.data + m * c.row + n * c.column + half * kTileSums / 2;
+        if (n + 1 < columns) {
+          multiply_half_tiles<2>(left, next, right, steps, sums, c.column, add, beside);
+        } else {
+          multiply_half_tiles<1>(left, next, right, steps, sums, c.column, add, beside);
+        }
+      }
     }
   }
 }
