@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ def require(condition: bool, op: str, argument: str, expected: str, got: object)
     """Raise ``ValueError`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def require_count(op: str, argument: str, value: object, or_none: bool = False) -> None:
+    """Raise unless ``value`` is an int of at least 1, or None where that is allowed."""
+    fits = isinstance(value, Integral) and int(value) >= 1
+    expected = "None or an int >= 1" if or_none else "an int >= 1"
+    require(fits or (or_none and value is None), op, argument, expected, repr(value))
 
 
 def require_tensor(op: str, argument: str, value: object, dims: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import require
+from ._checks import require, require_count
 from .deform_align import DeformAlign
 
 
@@ -101,7 +101,7 @@ class ModulatedDeformConv2dPack(DeformAlign):
 
 
 def _require_groups(in_channels: int, deform_groups: int) -> None:
-    require(deform_groups >= 1, "deform_align", "deform_groups", "an int >= 1", deform_groups)
+    require_count("deform_align", "deform_groups", deform_groups)
     expected = f"a multiple of deform_groups = {deform_groups}"
     require(in_channels % deform_groups == 0, "deform_align", "in_channels", expected, in_channels)
 

@@ -14,6 +14,7 @@ from ._autograd import empty_like_input
 from ._checks import (
     require,
     require_convolution,
+    require_count,
     require_layers,
     require_pixels,
     require_same_device,
@@ -170,9 +171,10 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16, kernel: int = 1) -> None:
         super().__init__()
-        require(channels >= 1, "ChannelAttention", "channels", "an int >= 1", channels)
-        require(reduction >= 1, "ChannelAttention", "reduction", "an int >= 1", reduction)
-        require(kernel % 2 == 1 and kernel > 0, "ChannelAttention", "kernel", "an odd int", kernel)
+        require_count("ChannelAttention", "channels", channels)
+        require_count("ChannelAttention", "reduction", reduction)
+        require_count("ChannelAttention", "kernel", kernel)
+        require(kernel % 2 == 1, "ChannelAttention", "kernel", "an odd int", kernel)
         inner = max(channels // reduction, 1)
 
         def layers() -> nn.Sequential:

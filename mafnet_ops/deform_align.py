@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 from ._autograd import empty_like_input
-from ._checks import number, pair, require, require_shape, require_tensor
+from ._checks import number, pair, require, require_count, require_shape, require_tensor
 from ._deformable import (
     GEOMETRY_SCHEMA,
     Geometry,
@@ -255,7 +255,7 @@ class DeformAlign(ModulatedDeformConv2d):
         """``padding``: by default half of the kernel. The others are as in :func:`deform_align`."""
         kernel = pair(_OP, "kernel_size", kernel_size, 1)
         padding = (kernel[0] // 2, kernel[1] // 2) if padding is None else padding
-        require(isinstance(parts, int) and parts > 0, _OP, "parts", "an int >= 1", parts)
+        require_count(_OP, "parts", parts)
         super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
         self.max_residue_magnitude = max_residue_magnitude
         self.parts = parts

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _library, reference
 from ._autograd import empty_like_input, memory_format_of
-from ._checks import pair, require, require_shape, require_tensor
+from ._checks import pair, require, require_count, require_shape, require_tensor
 from ._deformable import (
     GEOMETRY_SCHEMA,
     Geometry,
@@ -212,10 +212,10 @@ class ModulatedDeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        require(groups >= 1, _OP, "groups", "an int >= 1", groups)
+        require_count(_OP, "groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            fits = channels >= 1 and channels % groups == 0
-            require(fits, _OP, name, f"a multiple of groups = {groups}", channels)
+            require_count(_OP, name, channels)
+            require(channels % groups == 0, _OP, name, f"a multiple of groups = {groups}", channels)
         self.kernel_size = pair(_OP, "kernel_size", kernel_size, 1)
         self.stride = pair(_OP, "stride", stride, 1)
         self.padding = pair(_OP, "padding", padding, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import require
+from ._checks import require, require_count
 from ._state_dict import RenameOnLoad
 from .self_attention import self_attention
 
@@ -52,9 +52,9 @@ class NonLocalBlock(nn.Module):
         use_scale: bool = False,
     ) -> None:
         super().__init__()
+        require_count(_OP, "channels", channels)
+        require_count(_OP, "inter_channels", inter_channels, or_none=True)
         inner = max(channels // 2, 1) if inter_channels is None else inter_channels
-        require(channels >= 1, _OP, "channels", "an int >= 1", channels)
-        require(inner >= 1, _OP, "inter_channels", "None or an int >= 1", inter_channels)
         require(mode in _MODES, _OP, "mode", " or ".join(map(repr, _MODES)), repr(mode))
         embedded = mode == "embedded_gaussian"
         self.sub_sample = sub_sample

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ._checks import (
-    require,
     require_convolution,
+    require_count,
     require_layers,
     require_pixels,
     require_tensor,
@@ -81,7 +81,7 @@ class PyramidSpatialAttention(nn.Module):
 
     def __init__(self, channels: int, scale: float = 2.0, mask_from: str = "m") -> None:
         super().__init__()
-        require(channels >= 1, _OP, "channels", "an int >= 1", channels)
+        require_count(_OP, "channels", channels)
         require_gate(_OP, scale, 0, mask_from)
         self.scale = scale
         self.mask_from = mask_from

@@ -17,6 +17,7 @@ from ._checks import (
     number,
     pair,
     require,
+    require_count,
     require_same_device,
     require_same_dtype,
     require_tensor,
@@ -364,9 +365,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 8, window: int | None = None) -> None:
         super().__init__()
-        require(channels >= 1, _OP, "channels", "an int >= 1", channels)
-        require(reduction >= 1, _OP, "reduction", "an int >= 1", reduction)
-        require(window is None or window >= 1, _OP, "window", "None or an int >= 1", window)
+        require_count(_OP, "channels", channels)
+        require_count(_OP, "reduction", reduction)
+        require_count(_OP, "window", window, or_none=True)
         self.window = window
         inner = max(channels // reduction, 1)
         self.query = nn.Conv2d(channels, inner, 1)

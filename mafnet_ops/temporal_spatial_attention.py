@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import require, require_tensor
+from ._checks import require, require_count, require_tensor
 from ._state_dict import RenameOnLoad
 from .pyramid_spatial_attention_parts import (
     pointwise_conv,
@@ -36,7 +36,7 @@ class TemporalSpatialAttention(nn.Module):
 
     def __init__(self, channels: int = 64, frames: int = 5, center: int = 2) -> None:
         super().__init__()
-        require(channels >= 1, _OP, "channels", "an int >= 1", channels)
+        require_count(_OP, "channels", channels)
         require(0 <= center < frames, _OP, "center", f"an index of {frames} frames", center)
         self.center_frame_idx = center
 

@@ -477,15 +477,22 @@ def test_errors_of_options(op: str, argument: str, wrong: object) -> None:
         (mafnet_ops.ModulatedDeformConv2dPack, "deform_groups"),
         (mafnet_ops.SelfAttention, "channels"),
         (mafnet_ops.SelfAttention, "window"),
+        (mafnet_ops.SelfAttention, "reduction"),
+        (mafnet_ops.NonLocalBlock, "channels"),
+        (mafnet_ops.NonLocalBlock, "inter_channels"),
+        (mafnet_ops.ChannelAttention, "channels"),
+        (mafnet_ops.ChannelAttention, "reduction"),
+        (mafnet_ops.ChannelAttention, "kernel"),
         (mafnet_ops.PyramidSpatialAttention, "channels"),
         (mafnet_ops.TemporalSpatialAttention, "channels"),
     ],
 )
-def test_errors_of_a_module(module: Callable[..., object], name: str) -> None:
+@pytest.mark.parametrize("size", [0, 1.5, "8"])
+def test_errors_of_a_module(module: Callable[..., object], name: str, size: object) -> None:
     deformable = "in_channels" in inspect.signature(module).parameters
     sizes = {"in_channels": 4, "out_channels": 4} if deformable else {"channels": 4}
-    with pytest.raises(ValueError, match=rf"^\w+: {name}: expected .*, got 0$"):
-        module(**{**sizes, name: 0})
+    with pytest.raises(ValueError, match=rf"^\w+: {name}: expected .*, got '?{size}'?$"):
+        module(**{**sizes, name: size})
 
 
 @pytest.mark.parametrize(
