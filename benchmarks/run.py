@@ -250,7 +250,7 @@ def main() -> int:
             parser.error(f"no cases for {op!r}; ops: {', '.join(CASES)}")
     torch.set_num_threads(a.threads)
     # TF32 by default, unlike matrix products.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.allow_tf32 = False
     environment = machine.environment(a.device)
     print(", ".join(f"{op}: {name}" for op, name in environment["backends"].items()), flush=True)
     suite = Suite(a.device, a.small)

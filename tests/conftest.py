@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # As matrix products are. cuDNN's default is TF32: a kernel could be as far off as that and still pass beside PyTorch.
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.allow_tf32 = False
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # They share the cores. Tests of what threads do set their own number.

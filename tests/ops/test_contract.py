@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import CONTRACTS, Contract
+from contract import CONTRACTS, Contract, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, LAYOUTS, dtypes, laid_out, random_strides, sizes, strided
@@ -35,16 +35,6 @@ SIZE = (5, 6)
 ops = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: c.op)
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def run(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The output, then the gradient of every argument for one fixed gradient of the output."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    output = function(*leaves)
-    # Made on the device: a copy from the host cannot be captured in a CUDA graph.
-    counting = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
-    grad = counting.mul(0.618).frac().mul(2).sub(1).view(output.shape).to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
 def _skip_refused(contract: Contract, feature: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import CONTRACTS, Contract
+from contract import CONTRACTS, Contract, run
 from strategies import laid_out
-from test_contract import run
 from tolerances import assert_same
 from torch import Tensor
 
