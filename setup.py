@@ -306,13 +306,14 @@ class BuildExt(build_ext):
         together = self._include_all(directory / f"{name}-bindings.cpp", bindings)
         others = [source for source in ext.sources if source not in bindings]
         others.sort(key=lambda source: -(ROOT / source).stat().st_size)  # no long one at the end
+        nvcc = self._nvcc_command() if name == "_C_cuda" else []  # asks nvcc, so once
         objects = []
         for source in [str(together), *others]:
             output = (
                 directory / f"{name}-{source.removeprefix(f'{directory}/').replace('/', '-')}.o"
             )
-            command = self._nvcc_command() if source.endswith(".cu") else self._cxx_command(name)
-            command += ["-MD", "-MF", f"{output}.d", "-c", source, "-o", str(output)]
+            command = nvcc if source.endswith(".cu") else self._cxx_command(name)
+            command = [*command, "-MD", "-MF", f"{output}.d", "-c", source, "-o", str(output)]
             ninja.add("compile", command, [ROOT / source], output)
             objects.append(output)
         library = directory / f"{name}.abi3.so"

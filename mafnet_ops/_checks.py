@@ -54,10 +54,11 @@ def require_same_device(op: str, first: str, tensors: dict[str, Tensor | None]) 
     """Raise ``ValueError`` unless all tensors are on the device of the one named ``first``."""
     reference = tensors[first]
     assert reference is not None
+    device = reference.device
     for argument, value in tensors.items():
-        if value is not None and value.device != reference.device:
+        if value is not None and value.device != device:
             raise ValueError(
-                f"{op}: {argument}: expected device {reference.device} as {first}, got {value.device}"
+                f"{op}: {argument}: expected device {device} as {first}, got {value.device}"
             )
 
 
@@ -107,9 +108,11 @@ def require_convolution(
         require_tensor(op, bias_name, bias, 1)
     every = {first: input, **tensors}
     require_same_device(op, first, every)
-    wide = any(t is not None and t.dtype == torch.float64 for t in every.values())
-    if wide or autocast_dtype(input.device) is None:  # which leaves fp64 alone
-        require_same_dtype(op, first, every)
+    present = [t for t in every.values() if t is not None]
+    if any(t.dtype != input.dtype for t in present):
+        wide = any(t.dtype == torch.float64 for t in present)  # which autocast leaves alone
+        if wide or autocast_dtype(input.device) is None:
+            require_same_dtype(op, first, every)
     assert weight is not None
     require_shape(op, weight_name, weight, shape, form)
     if bias is not None:

@@ -80,9 +80,7 @@ def channel_attention(
     require_pixels(_OP, "input", input)
     pairs = require_layers(_OP, LAYERS, weights, biases)
     for i, name in enumerate(LAYERS):
-        before = None if i % 2 == 0 else pairs[i - 1][0]
-        if not _is_plain_layer(input, *pairs[i], before):
-            _require_layer(input, name, *pairs[i], before)
+        _require_layer(input, name, *pairs[i], None if i % 2 == 0 else pairs[i - 1][0])
     if statistics is None:
         statistics = channel_statistics(input)
     else:
@@ -101,23 +99,6 @@ def channel_attention(
     from_mean = F.linear(torch.relu(F.linear(mean, *layers[0])), *layers[1])
     from_max = F.linear(torch.relu(F.linear(maximum, *layers[2])), *layers[3])
     return _channel_scale(input, torch.sigmoid(from_mean + from_max))
-
-
-def _is_plain_layer(
-    input: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None
-) -> bool:
-    """Whether the usual layer, of a 1 x 1 kernel with a bias, passes the checks, which take longer than the layer."""
-    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):
-        return False
-    if not input.dtype == weight.dtype == bias.dtype:
-        return False
-    if not weight.layout == bias.layout == torch.strided:
-        return False
-    if not input.device == weight.device == bias.device:
-        return False
-    rows = weight.shape[0] if before is None else input.shape[1]
-    columns = input.shape[1] if before is None else before.shape[0]
-    return weight.shape == (rows, columns, 1, 1) and bias.shape == (rows,)
 
 
 def _require_layer(
